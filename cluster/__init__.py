@@ -1,0 +1,1 @@
+"""Everything that knows Ray: the session, resources, the streaming job, parallel tasks, preflight checks."""

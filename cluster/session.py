@@ -1,0 +1,93 @@
+"""The Ray session of a run: join a cluster or start Ray on this machine, and what it offers."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from operators.crash_points import VARIABLE as CRASH_VARIABLE
+from operators.errors import ResourceError
+from operators.settings import operational
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """Where the job runs, and the bounds that it keeps."""
+
+    address: str = operational("", "Ray address to join; empty: RAY_ADDRESS, else Ray is started on this machine")
+    num_cpus: int = operational(0, "CPU slots of a Ray started here; 0: the cores plus one")
+    object_store_bytes: int = operational(1 << 30, "object store of a Ray started here")
+    pieces_in_flight: int = operational(0, "pieces between reading and commit; 0: 2 per encoder plus 4")
+    stall_timeout_s: float = operational(
+        900.0, "a run that finishes no piece or task for so long is ended with an error"
+    )
+
+
+@dataclass(frozen=True)
+class Session:
+    """A connected Ray and its totals."""
+
+    num_cpus: float
+    num_gpus: float
+    started_here: bool
+
+
+@contextmanager
+def connect(config: ClusterConfig) -> Iterator[Session]:
+    """A Ray session for the duration of the block. A Ray that was started here ends with it."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray resets the logging of the driver; its INFO lines would tear the progress display apart.
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray 2.60's C++ core prints notes about Ray Data's own actors to the terminal; errors still reach Python.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    import ray
+
+    address = config.address or os.environ.get("RAY_ADDRESS", "")
+    options: dict[str, Any] = {
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "runtime_env": _runtime_env(joining=bool(address)),
+        "configure_logging": True,
+    }
+    if address:
+        options["address"] = address
+    else:
+        # One slot more than cores: encoders may take all cores while reading and committing, which mostly wait, go on.
+        options["num_cpus"] = config.num_cpus or (os.cpu_count() or 1) + 1
+        options["object_store_memory"] = config.object_store_bytes
+        options["include_dashboard"] = False
+    try:
+        ray.init(**options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        where = f"the Ray cluster at {address} (cluster.address or RAY_ADDRESS)" if address else "Ray on this machine"
+        raise ResourceError(f"could not connect to {where}: {error}") from None
+    try:
+        totals = ray.cluster_resources()
+        yield Session(totals.get("CPU", 0.0), totals.get("GPU", 0.0), not address)
+    finally:
+        ray.shutdown()
+
+
+def _runtime_env(joining: bool) -> dict[str, Any]:
+    """Environment of the workers: this code on their path, the crash setting of a fault test."""
+    variables = {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    passed_on = (CRASH_VARIABLE, "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM")
+    if joining:  # workers of a cluster do not inherit this process's environment
+        # Never credentials: Ray writes runtime environments to its logs. A cluster's nodes have their own.
+        passed_on += ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_PROFILE")
+    variables |= {name: os.environ[name] for name in passed_on if name in os.environ}
+    return {"env_vars": variables}
+
+
+def is_interactive() -> bool:
+    """Whether a person watches standard error."""
+    return sys.stderr.isatty()

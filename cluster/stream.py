@@ -1,0 +1,294 @@
+"""The streaming job: pieces in, commit records out, as one Ray Data pipeline. The only place that calls map_batches.
+
+    read (task) -> chunk and tokenize (task, fused with read) -> encode (fixed actor pool) -> commit (task)
+
+One piece is one read task, one block and one row: the row carries the piece's tables as Arrow IPC. So nothing that Ray
+Data does to blocks (coalescing small ones, dropping empty ones) can merge, split or lose a piece, and a piece that fails
+travels on as a row with its error while the others complete.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import queue
+import struct
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from cluster.preflight import StreamPlan
+from operators.chunker import ChunkConfig, Chunker
+from operators.encoder import Encoder
+from operators.errors import FingerprintError, ResourceError, VectormillError
+from operators.model import load_spec, resolve_model
+from operators.piece_store import EncodedPiece, commit_piece
+from operators.sources.pieces import Piece
+from operators.sources.read_config import ReadConfig
+from operators.sources.readers import PieceReader
+from operators.storage.store import open_store
+from operators.text_encoder import EncodeConfig
+
+READ_ATTEMPTS = 3
+# Ray fuses a task operator into an actor pool when their resource requests are equal, which would tokenize inside the
+# encoders. A memory request that the encoders do not have keeps them apart.
+READ_MEMORY_BYTES = 512 << 20  # measured: 260 MB with the tokenizer and torch imported, 8192 short rows
+
+ENVELOPE = pa.schema(
+    [
+        pa.field("piece", pa.string(), nullable=False),  # Piece as JSON
+        pa.field("table", pa.large_binary()),  # Arrow IPC: rows, then chunks, then encoded
+        pa.field("rejects", pa.large_binary()),  # Arrow IPC of schemas.REJECTS
+        pa.field("facts", pa.string(), nullable=False),  # counts so far, JSON
+        pa.field("error", pa.string()),  # what failed, with its kind; the rest of the row is empty then
+    ]
+)
+
+
+@dataclass(frozen=True)
+class StreamJob:
+    """What every stage needs to know; pickled into the tasks and actors."""
+
+    store_url: str
+    run_prefix: str
+    inputs: str  # fingerprint digest, stored in every record
+    model_fingerprint: str
+    read: ReadConfig
+    chunk: ChunkConfig
+    encode: EncodeConfig
+
+
+@dataclass(frozen=True)
+class PieceResult:
+    """A finished piece: its counts, or what failed."""
+
+    piece: Piece
+    facts: dict[str, Any]
+    error: str | None
+
+
+def stream_pieces(
+    job: StreamJob,
+    pieces: Sequence[Piece],
+    plan: StreamPlan,
+    *,
+    piece_bytes: int,
+    stall_timeout_s: float,
+    check: Callable[[], None] | None = None,
+) -> Iterator[PieceResult]:
+    """Run all pieces; yields each as it is committed or has failed, in no particular order.
+
+    Raises ResourceError when no piece ends for `stall_timeout_s`. `check` is called about once a second.
+    """
+    dataset = _dataset(job, pieces, plan, piece_bytes)
+    results: queue.Queue[Any] = queue.Queue()
+
+    def consume() -> None:
+        try:
+            for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+                for line in batch.to_pylist():
+                    results.put(line)
+            results.put(None)
+        except BaseException as error:
+            results.put(error)
+
+    threading.Thread(target=consume, daemon=True, name="ray-data-consumer").start()
+    last_progress = time.monotonic()
+    while True:
+        try:
+            line = results.get(timeout=1.0)
+        except queue.Empty:
+            if check is not None:
+                check()
+            if time.monotonic() - last_progress > stall_timeout_s:
+                raise ResourceError(
+                    f"no piece was committed for {stall_timeout_s:.0f} s: the encoder pool ({plan.workers} x {plan.cpus_per_worker}"
+                    f" CPU, {plan.gpus_per_worker:g} GPU) may not be schedulable, or storage hangs; what was committed is kept,"
+                    " run again to resume (cluster.stall_timeout_s)"
+                ) from None
+            continue
+        if line is None:
+            return
+        if isinstance(line, BaseException):
+            raise ResourceError(f"the streaming job failed: {_first_line(line)}; run again to resume") from line
+        last_progress = time.monotonic()
+        yield PieceResult(Piece.from_json(json.loads(line["piece"])), json.loads(line["facts"]), line["error"])
+
+
+def _dataset(job: StreamJob, pieces: Sequence[Piece], plan: StreamPlan, piece_bytes: int) -> Any:
+    import ray.data
+    from ray.data import ActorPoolStrategy, DataContext, ExecutionResources
+
+    context = DataContext.get_current()
+    context.target_max_block_size = None  # a piece is never split
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.issue_detectors_config.detectors = []  # advice to programmers of Ray Data; ours is measured by benchmarks
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # Blocks between the stages are what memory is spent on: bound them by the pieces in flight, not by the object store.
+    in_flight_bytes = plan.pieces_in_flight * max(2 * piece_bytes, 1 << 20)
+    context.execution_options.resource_limits = ExecutionResources(object_store_memory=in_flight_bytes)
+    tasks = {"num_cpus": 1, "memory": READ_MEMORY_BYTES}
+    dataset = ray.data.read_datasource(_piece_source(job, pieces), override_num_blocks=len(pieces), **tasks)
+    dataset = dataset.map_batches(
+        _chunk, batch_size=None, batch_format="pyarrow", zero_copy_batch=True, fn_kwargs={"job": job}, **tasks
+    )
+    dataset = dataset.map_batches(
+        _EncodeStage,
+        batch_size=None,
+        batch_format="pyarrow",
+        zero_copy_batch=True,
+        fn_constructor_kwargs={"job": job},
+        compute=ActorPoolStrategy(size=min(plan.workers, len(pieces))),
+        num_cpus=plan.cpus_per_worker,
+        num_gpus=plan.gpus_per_worker,
+    )
+    return dataset.map_batches(
+        _commit, batch_size=None, batch_format="pyarrow", zero_copy_batch=True, fn_kwargs={"job": job}, **tasks
+    )
+
+
+def _piece_source(job: StreamJob, pieces: Sequence[Piece]) -> Any:
+    """A Ray Datasource with one read task a piece."""
+    from ray.data import Datasource, ReadTask
+    from ray.data.block import BlockMetadata
+
+    class PieceSource(Datasource):
+        def estimate_inmemory_data_size(self) -> int | None:
+            return None
+
+        def get_read_tasks(self, parallelism: int, *args: Any, **kwargs: Any) -> list[Any]:
+            metadata = BlockMetadata(num_rows=1, size_bytes=None, input_files=None, exec_stats=None)
+            return [ReadTask(functools.partial(_read, job, piece), metadata) for piece in pieces]
+
+    return PieceSource()
+
+
+def _read(job: StreamJob, piece: Piece) -> list[pa.Table]:
+    for attempt in range(1, READ_ATTEMPTS + 1):
+        try:
+            found = PieceReader(job.read).read(piece)
+            facts = {"num_rows_read": found.num_rows_read}
+            return [_envelope(piece, found.rows, found.rejects, facts)]
+        except VectormillError as error:
+            return [_failure(piece, "reading", error)]
+        except Exception as error:  # storage: timeouts, resets, throttling beyond the client's own retries
+            if attempt == READ_ATTEMPTS:
+                return [_failure(piece, f"reading ({READ_ATTEMPTS} attempts)", error)]
+            time.sleep(2.0**attempt)
+    raise AssertionError("unreachable")
+
+
+@functools.lru_cache(maxsize=1)
+def _chunker(job: StreamJob) -> Chunker:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    chunker = Chunker(job.chunk, str(resolve_model(job.encode.model)), job.encode.pooling)
+    chunker.setup()
+    return chunker
+
+
+def _chunk(batch: pa.Table, job: StreamJob) -> pa.Table:
+    def work(piece: Piece, rows: pa.Table, rejects: pa.Table, facts: dict[str, Any]) -> pa.Table:
+        chunks, dropped = _chunker(job)(rows)
+        facts["num_tokens"] = len(chunks.column("input_ids").combine_chunks().flatten()) if chunks.num_rows else 0
+        return _envelope(piece, chunks, pa.concat_tables([rejects, dropped]), facts)
+
+    return _each_piece(batch, "chunking", work)
+
+
+class _EncodeStage:
+    """An actor of the encoder pool: the model is loaded once."""
+
+    def __init__(self, job: StreamJob) -> None:
+        path = resolve_model(job.encode.model)
+        found = load_spec(path, job.encode.pooling).fingerprint
+        if found != job.model_fingerprint:
+            raise FingerprintError(
+                f"the model at {path} on this worker has fingerprint {found[:12]}, the driver's has {job.model_fingerprint[:12]};"
+                " give all nodes the same model (encode.model)"
+            )
+        self._encoder = Encoder(job.encode, str(path))
+        self._encoder.setup()
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        def work(piece: Piece, chunks: pa.Table, rejects: pa.Table, facts: dict[str, Any]) -> pa.Table:
+            start = time.perf_counter()
+            encoded = self._encoder(chunks)
+            facts["encode_s"] = time.perf_counter() - start
+            return _envelope(piece, encoded, rejects, facts)
+
+        return _each_piece(batch, "encoding", work)
+
+
+def _commit(batch: pa.Table, job: StreamJob) -> pa.Table:
+    def work(piece: Piece, encoded: pa.Table, rejects: pa.Table, facts: dict[str, Any]) -> pa.Table:
+        timings = {"encode_s": facts.pop("encode_s")}
+        done = EncodedPiece(piece.piece_id, encoded, rejects, facts.pop("num_rows_read"), facts)
+        record = commit_piece(open_store(job.store_url), job.run_prefix, done, job.inputs)
+        return _envelope(piece, None, None, {**record.facts, **timings})
+
+    return _each_piece(batch, "committing", work)
+
+
+def _each_piece(batch: pa.Table, stage: str, work: Callable[..., pa.Table]) -> pa.Table:
+    """Apply a stage to every piece of a block (one, as the job is built); failures become rows with an error."""
+    done = []
+    for line in range(batch.num_rows):
+        if batch.column("error")[line].is_valid:
+            done.append(batch.slice(line, 1))
+            continue
+        piece = Piece.from_json(json.loads(batch.column("piece")[line].as_py()))
+        facts = json.loads(batch.column("facts")[line].as_py())
+        try:
+            table = _unpack(batch.column("table")[line])
+            rejects = _unpack(batch.column("rejects")[line])
+            done.append(work(piece, table, rejects, facts))
+        except Exception as error:
+            done.append(_failure(piece, stage, error))
+    return pa.concat_tables(done) if done else ENVELOPE.empty_table()
+
+
+def _envelope(piece: Piece, table: pa.Table | None, rejects: pa.Table | None, facts: dict[str, Any]) -> pa.Table:
+    return _line(piece, _packed(table), _packed(rejects), facts, None)
+
+
+def _failure(piece: Piece, stage: str, error: BaseException) -> pa.Table:
+    if isinstance(error, VectormillError):
+        text = str(error)
+    else:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        text = f"{type(error).__name__}: {_first_line(error)} (at {os.path.basename(place.filename)}:{place.lineno})"
+    return _line(piece, _packed(None), _packed(None), {}, f"{stage}: {text}")
+
+
+def _line(piece: Piece, table: pa.Array, rejects: pa.Array, facts: dict[str, Any], error: str | None) -> pa.Table:
+    texts = [pa.array([value], pa.string()) for value in (json.dumps(piece.to_json()), json.dumps(facts), error)]
+    return pa.table([texts[0], table, rejects, texts[1], texts[2]], schema=ENVELOPE)
+
+
+def _packed(table: pa.Table | None) -> pa.Array:
+    """The table's Arrow IPC stream as a column of one value, without a further copy."""
+    if table is None:
+        return pa.nulls(1, pa.large_binary())
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    data = sink.getvalue()
+    offsets = pa.py_buffer(struct.pack("<qq", 0, data.size))
+    return pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, data])
+
+
+def _unpack(value: pa.Scalar) -> pa.Table:
+    with pa.ipc.open_stream(value.as_buffer()) as reader:
+        return reader.read_all()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,83 @@
+"""Parallel Ray tasks with bounded submission: a failed task does not stop the others, its error is raised at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from operators.errors import ResourceError, VectormillError
+
+WORKER_CRASH_RETRIES = 3
+
+
+def run_tasks(
+    function: Callable[..., Any],
+    calls: Sequence[tuple[Any, ...]],
+    *,
+    num_cpus: float = 1,
+    stall_timeout_s: float = 900.0,
+    on_done: Callable[[int, Any], None] | None = None,
+    check: Callable[[], None] | None = None,
+    max_in_flight: int = 256,
+) -> list[Any]:
+    """Results of function(*call) for every call, in order.
+
+    A worker that dies is replaced and its task run again (its commits make that safe). An exception of the function is
+    kept until all other tasks have ended, then raised: a VectormillError as it is, with the number of further failures.
+    `check` is called about once a second. Raises ResourceError when nothing finishes for `stall_timeout_s`.
+    """
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+
+    remote = ray.remote(function).options(num_cpus=num_cpus, max_retries=WORKER_CRASH_RETRIES)
+    results: list[Any] = [None] * len(calls)
+    failures: list[tuple[int, Exception]] = []
+    waiting = list(range(len(calls)))[::-1]
+    running: dict[Any, int] = {}
+    last_progress = time.monotonic()
+    while waiting or running:
+        while waiting and len(running) < max_in_flight:
+            number = waiting.pop()
+            running[remote.remote(*calls[number])] = number
+        done, _ = ray.wait(list(running), num_returns=1, timeout=1.0)
+        for ref in done:
+            number = running.pop(ref)
+            last_progress = time.monotonic()
+            try:
+                results[number] = ray.get(ref)
+            except RayTaskError as error:
+                cause = error.cause if isinstance(error.cause, Exception) else error
+                failures.append((number, cause))
+                continue
+            except RayError as error:
+                failures.append(
+                    (
+                        number,
+                        ResourceError(
+                            f"{function.__name__} {number}: its worker died {WORKER_CRASH_RETRIES + 1} times ({type(error).__name__}); look at the memory of the machine"
+                        ),
+                    )
+                )
+                continue
+            if on_done is not None:
+                on_done(number, results[number])
+        if check is not None:
+            check()
+        if time.monotonic() - last_progress > stall_timeout_s:
+            raise ResourceError(
+                f"no {function.__name__} finished for {stall_timeout_s:.0f} s ({len(running)} running, {len(waiting)} waiting);"
+                " the cluster may lack the resources they ask for, or storage hangs (cluster.stall_timeout_s)"
+            )
+    if failures:
+        failures.sort(key=lambda failure: failure[0])
+        first = failures[0][1]
+        if isinstance(first, VectormillError):
+            more = (
+                f" (and {len(failures) - 1} more failed: {'; '.join(str(e) for _, e in failures[1:3])})"
+                if len(failures) > 1
+                else ""
+            )
+            raise type(first)(f"{first}{more}") from None
+        raise first
+    return results

@@ -1,0 +1,1 @@
+"""Plain classes from Arrow table to Arrow table, storage access and the artifact's format. Never imports Ray."""

@@ -1,0 +1,1 @@
+"""Object storage: listing, reading, conditional puts, checked objects, commit records, epochs."""

@@ -1,0 +1,279 @@
+"""`build`: the whole walk, from source objects to a published version.
+
+    list and plan pieces -> stream (read, chunk, encode, commit) -> number rows -> sample and train -> shards -> parts
+    -> verify and measure -> publish
+
+Every step commits its units; running build again does only what is missing. Nothing is published before all of it has
+been read back and checked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.preflight import check_environment, plan_stream
+from cluster.session import Session, connect
+from cluster.stream import StreamJob, stream_pieces
+from cluster.tasks import run_tasks
+from operators.artifact.manifest import Manifest, open_current, publish, read_current, write_manifest
+from operators.crash_points import crash_point
+from operators.errors import RejectLimitError, SourceError
+from operators.fingerprint import index_fingerprint, piece_fingerprint
+from operators.model import ModelSpec, load_spec, resolve_model
+from operators.piece_store import piece_key
+from operators.settings import digest_of
+from operators.sources.listing import Listing, list_sources
+from operators.sources.pieces import Piece, plan_pieces
+from operators.sources.staging import stage_object
+from operators.storage.commits import CommitRecord, read_record
+from operators.storage.fencing import Epoch, take_epoch
+from operators.storage.store import Store, open_store
+from operators.text_encoder import resolve_device, resolve_precision
+from pipelines.config import RunConfig
+from pipelines.index_build import build_candidate
+from pipelines.progress import RunProgress
+from pipelines.runs import Run, begin_or_resume, discard_unfinished, sweep_segment
+
+EPOCH_CHECK_EVERY_S = 5.0
+MAX_LISTED_FAILURES = 10
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """What a build did."""
+
+    manifest: Manifest
+    published: bool  # False: the root already held exactly this
+    pieces_encoded: int
+    pieces_resumed: int
+    seconds: dict[str, float]
+
+
+@dataclass
+class BuildContext:
+    """What the steps share."""
+
+    store: Store
+    config: RunConfig
+    spec: ModelSpec
+    run: Run
+    epoch: Epoch
+    session: Session
+    progress: RunProgress
+    fingerprint: dict[str, Any]
+    check: Callable[[], None]
+
+    def tasks(self, function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], **options: Any) -> list[Any]:
+        """Parallel tasks under this run's watch: epoch, stall timeout, progress."""
+        return run_tasks(
+            function,
+            calls,
+            stall_timeout_s=self.config.cluster.stall_timeout_s,
+            check=self.check,
+            on_done=lambda number, result: self.progress.advance(),
+            **options,
+        )
+
+
+def build(
+    sources: Sequence[str], root: str, config: RunConfig, *, fresh: bool = False, progress: RunProgress | None = None
+) -> BuildResult:
+    """Build and publish an index of `sources` at `root`, or go on with a build that was interrupted.
+
+    Raises a VectormillError (see operators/errors.py); what was committed until then is kept.
+    """
+    with progress or RunProgress(quiet=True) as shown:
+        check_environment()
+        spec = load_spec(resolve_model(config.encode.model), config.encode.pooling)
+        precision = resolve_precision(config.encode)
+        config = dataclasses.replace(config, encode=dataclasses.replace(config.encode, precision=precision))
+        pieces_of = piece_fingerprint(config.semantic("read", "chunk", "encode"), spec.fingerprint)
+        fingerprint = index_fingerprint(pieces_of, config.semantic("index"))
+        store = open_store(root)
+        shown.stage("list sources")
+        listing = list_sources(sources)
+        found = read_current(store)
+        current = open_current(store) if found else None
+        if current is not None and not fresh and is_up_to_date(current, listing, fingerprint):
+            store.delete_tree(f"runs/{current.run_id}")
+            return BuildResult(current, False, 0, 0, shown.stages)
+        finished = {current.run_id} if current else set()
+        if fresh:
+            take_epoch(store, "fresh")
+            discard_unfinished(store)
+        run = begin_or_resume(store, pieces_of, list(sources), finished)
+        epoch = take_epoch(store, run.run_id)
+        shown.stage("start Ray")
+        with connect(config.cluster) as session:
+            context = BuildContext(
+                store, config, spec, run, epoch, session, shown, fingerprint, _epoch_watch(store, epoch)
+            )
+            pieces, unreadable = _plan(context, listing)
+            records, encoded = _stream(context, pieces, unreadable)
+            _check_rejects(context, records)
+            manifest = build_candidate(context, listing, list(sources), records, current)
+        shown.stage("publish")
+        crash_point("manifest.before")
+        digest = write_manifest(store, manifest)
+        publish(store, manifest, digest, epoch, found[1] if found else None)
+        _tidy_up(store, run, manifest)
+        return BuildResult(manifest, True, encoded, len(pieces) - encoded, shown.stages)
+
+
+def is_up_to_date(current: Manifest, listing: Listing, fingerprint: dict[str, Any]) -> bool:
+    """Whether the published version was built from these very objects with these settings and this code."""
+    same_settings = current.fingerprint == json.loads(json.dumps(fingerprint))
+    return same_settings and current.sources["digest"] == listing_digest(listing)
+
+
+def listing_digest(listing: Listing) -> str:
+    """Digest of which objects, in which state, make up the corpus."""
+    return digest_of([[o.uri, o.source, o.etag, o.size_bytes] for o in listing.objects])
+
+
+def _epoch_watch(store: Store, epoch: Epoch) -> Callable[[], None]:
+    last = time.monotonic()
+
+    def check() -> None:
+        nonlocal last
+        if time.monotonic() - last > EPOCH_CHECK_EVERY_S:
+            epoch.check(store)
+            last = time.monotonic()
+
+    return check
+
+
+def _plan(context: BuildContext, listing: Listing) -> tuple[list[Piece], list[str]]:
+    """Pieces of all readable objects in source order, and what is wrong with the others.
+
+    Objects that cannot be sliced are cut by a streaming pass first. An unreadable object does not stop the rest: their
+    vectors are committed, so that mending it costs only its own.
+    """
+    plan = plan_pieces(listing.objects, context.config.read, keep_going=True)
+    unreadable = [str(failure) for failure in plan.failures]
+    staged: dict[str, list[Piece]] = {}
+    if plan.to_stage:
+        context.progress.stage("cut into pieces", total=len(plan.to_stage))
+        calls = [(o, context.config.read, context.store.url, f"{context.run.prefix}/staged") for o in plan.to_stage]
+        for obj, outcome in zip(plan.to_stage, context.tasks(stage_at, calls), strict=True):
+            staged[obj.uri] = [] if isinstance(outcome, str) else outcome
+            unreadable += [outcome] if isinstance(outcome, str) else []
+    pieces = plan.pieces(staged)
+    for problem in unreadable:
+        context.progress.say(f"unreadable, will not be published without it: {problem}")
+    if not pieces:
+        raise SourceError(
+            f"the corpus must hold at least one row, found {len(listing.objects)} object(s) and no rows in them"
+            f" {'(' + '; '.join(unreadable[:MAX_LISTED_FAILURES]) + ')' if unreadable else ''}; check the SOURCE arguments"
+        )
+    return pieces, unreadable
+
+
+def stage_at(obj: Any, config: Any, store_url: str, prefix: str) -> list[Piece] | str:
+    """Task: cut one object into staged pieces; what is wrong with it if it cannot be read."""
+    try:
+        return stage_object(obj, config, open_store(store_url), prefix)
+    except SourceError as error:
+        return str(error)
+
+
+def _stream(context: BuildContext, pieces: list[Piece], unreadable: list[str]) -> tuple[list[CommitRecord], int]:
+    """Commit records of all pieces in source order, and how many were encoded by this attempt."""
+    config, store, run = context.config, context.store, context.run
+    inputs = digest_of(run.fingerprint)
+    job = StreamJob(store.url, run.prefix, inputs, context.spec.fingerprint, config.read, config.chunk, config.encode)
+    committed = {key.rsplit("/", 1)[1][:-5] for key in store.list_keys(f"{run.prefix}/pieces") if key.endswith(".json")}
+    missing = [piece for piece in pieces if piece.piece_id not in committed]
+    context.progress.stage("encode pieces", total=len(pieces), done=len(pieces) - len(missing))
+    failures = list(unreadable)
+    if missing:
+        plan = plan_stream(
+            context.session,
+            workers=config.encode.workers,
+            threads_per_worker=config.encode.threads_per_worker,
+            use_gpu=resolve_device(config.encode) == "cuda"
+            or (config.encode.device != "cpu" and context.session.num_gpus > 0),
+            pieces_in_flight=config.cluster.pieces_in_flight,
+        )
+        totals: Counter[str] = Counter()
+        started = time.monotonic()
+        results = stream_pieces(
+            job,
+            missing,
+            plan,
+            piece_bytes=config.read.piece_bytes,
+            stall_timeout_s=config.cluster.stall_timeout_s,
+            check=context.check,
+        )
+        for result in results:
+            context.check()
+            if result.error is not None:
+                names = ", ".join(o.source for o in result.piece.objects[:3])
+                failures.append(
+                    f"{names} ({result.piece.kind} {result.piece.start}..{result.piece.end}): {result.error}"
+                )
+                continue
+            totals.update({name: result.facts[name] for name in ("num_docs", "num_tokens")})
+            seconds = time.monotonic() - started
+            rate = f"{totals['num_docs'] / seconds:,.0f} docs/s {totals['num_tokens'] / seconds:,.0f} tokens/s"
+            context.progress.advance(note=rate)
+    if failures:
+        shown = "; ".join(sorted(failures)[:MAX_LISTED_FAILURES])
+        more = f"; and {len(failures) - MAX_LISTED_FAILURES} more" if len(failures) > MAX_LISTED_FAILURES else ""
+        raise SourceError(
+            f"{len(failures)} object(s) or pieces of {len(pieces)} could not be indexed, nothing was published; the vectors of"
+            f" the others are kept, mend these and run again: {shown}{more}"
+        )
+    with ThreadPoolExecutor(16) as pool:
+        records = list(pool.map(lambda piece: read_record(store, piece_key(run.prefix, piece.piece_id)), pieces))
+    lost = [piece.piece_id for piece, record in zip(pieces, records, strict=True) if record is None]
+    if lost:
+        raise SourceError(
+            f"{len(lost)} piece(s) were not committed although the job ended ({', '.join(lost[:3])}); run again"
+        )
+    return [record for record in records if record is not None], len(missing)
+
+
+def _check_rejects(context: BuildContext, records: list[CommitRecord]) -> None:
+    """Raise RejectLimitError, with counts by reason, when too many rows were bad."""
+    read = sum(record.facts["num_rows_read"] for record in records)
+    reasons = sum_counts(records, "rejected")
+    rejected = sum(reasons.values())
+    limit = context.config.read.max_reject_fraction
+    if rejected > limit * read:
+        by_reason = ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()))
+        raise RejectLimitError(
+            f"rejected rows must be at most {limit:.2%} of those read (read.max_reject_fraction), got {rejected} of {read}"
+            f" ({rejected / read:.2%}): {by_reason}. Nothing was published. The rows are listed in"
+            f" {context.store.url}/{context.run.prefix}/pieces/*.rejects.parquet; mend them, or raise the limit and run again"
+        )
+
+
+def sum_counts(records: Sequence[CommitRecord], outcome: str) -> dict[str, int]:
+    """Rows rejected or dropped in the pieces, by reason."""
+    total: Counter[str] = Counter()
+    for record in records:
+        total.update(record.facts[outcome])
+    return dict(sorted(total.items()))
+
+
+def _tidy_up(store: Store, run: Run, manifest: Manifest) -> None:
+    """Remove the run's work and what lost attempts left: all of it is in the published segment now."""
+    for segment in manifest.segments:
+        referenced = {part.record_key for part in segment.parts}
+        for part in segment.parts:
+            record = read_record(store, part.record_key)
+            assert record is not None
+            referenced |= {entry.key for entry in record.objects.values()}
+        entries = [segment.rejects, manifest.queries, manifest.sources["listing"]]
+        referenced |= {entry["key"] for entry in entries if entry}
+        sweep_segment(store, f"segments/{segment.name}", referenced)
+    crash_point("tidy.before_runs")
+    store.delete_tree(run.prefix)

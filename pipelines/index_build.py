@@ -1,0 +1,313 @@
+"""The second half of a build: committed pieces become a verified, measured candidate version."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from importlib.metadata import version as package_version
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from operators.artifact.manifest import Manifest, PartRef, Segment, compute_content_digest, part_ref
+from operators.artifact.verifier import check_coverage, check_manifest
+from operators.errors import IntegrityError, QualityError, SourceError
+from operators.index_config import IndexSizes, resolve_sizes
+from operators.merger import check_inputs, list_bytes, open_runs, split_lists
+from operators.row_ids import RowIds
+from operators.settings import digest_of
+from operators.shard_builder import PieceOfShard
+from operators.sources.listing import Listing
+from operators.storage.checked import ObjectEntry, put_checked
+from operators.storage.commits import CommitRecord, new_attempt
+from pipelines import index_stages
+from pipelines.index_stages import Threads
+
+if TYPE_CHECKING:
+    from pipelines.build import BuildContext
+
+
+def build_candidate(
+    context: BuildContext, listing: Listing, sources: list[str], pieces: list[CommitRecord], current: Manifest | None
+) -> Manifest:
+    """Manifest of a version that has been read back and measured, not published yet."""
+    store, config, progress = context.store, context.config, context.progress
+    progress.stage("number rows", total=1)
+    row_ids: RowIds = context.tasks(index_stages.number_rows, [(store.url, pieces)])[0]
+    ntotal, d = sum(row_ids.counts), pieces[0].facts["d"]
+    if ntotal == 0:
+        raise SourceError(
+            f"the corpus must hold at least one usable text, found none in {sum(p.facts['num_rows_read'] for p in pieces)} rows:"
+            f" rejected {_sum(pieces, 'rejected')}, dropped {_sum(pieces, 'dropped')}"
+        )
+    sizes = resolve_sizes(config.index, ntotal, d)
+    # Everything downstream is keyed by what it is made from, so work of other settings can never be mistaken for it.
+    corpus = digest_of([context.fingerprint, dataclasses.asdict(sizes), [p.content() for p in pieces], row_ids.bases])
+    groups = group_pieces(pieces, row_ids, config.index.shard_rows)
+    trained = _train(context, groups, sizes, ntotal, corpus)
+    shards = _shards(context, groups, trained, corpus)
+    segment_name = f"{context.run.run_id}-{corpus[:12]}"
+    parts = _parts(context, shards, trained, pieces, segment_name, corpus)
+    entries = _small_objects(context, listing, pieces, row_ids, trained, segment_name)
+    segment = Segment(segment_name, 0, ntotal, parts, entries["rejects"])
+    manifest = _manifest(context, sources, listing, pieces, row_ids, sizes, trained, entries, segment, current)
+    _verify(context, manifest)
+    quality = _measure(context, manifest)
+    return dataclasses.replace(manifest, quality=quality, reports={"seconds": dict(progress.stages)})
+
+
+def group_pieces(pieces: Sequence[CommitRecord], row_ids: RowIds, shard_rows: int) -> list[list[PieceOfShard]]:
+    """Consecutive pieces of at most `shard_rows` rows (or one larger piece): the units of sampling and of shards."""
+    groups: list[list[PieceOfShard]] = []
+    held = 0
+    for number, record in enumerate(pieces):
+        count = row_ids.counts[number]
+        if not count:
+            continue
+        if not groups or held + count > shard_rows:
+            groups.append([])
+            held = 0
+        groups[-1].append(PieceOfShard(record, row_ids.bases[number], count, row_ids.dropped.get(number, [])))
+        held += count
+    return groups
+
+
+def _train(
+    context: BuildContext, groups: list[list[PieceOfShard]], sizes: IndexSizes, ntotal: int, corpus: str
+) -> CommitRecord:
+    config, store = context.config, context.store
+    prefix = f"{context.run.prefix}/train-{corpus[:16]}"
+    # A few more than asked for: blank excerpts are left out, and the draw is by hash threshold, so its size varies.
+    query_share = min(1.0, 1.5 * config.index.query_sample / ntotal)
+    train_share = min(1.0, sizes.train_points / ntotal)
+    context.progress.stage("draw samples", total=len(groups))
+    samples = context.tasks(
+        index_stages.sample_group,
+        [
+            (
+                store.url,
+                f"{prefix}/sample-{number:05d}",
+                group,
+                train_share,
+                query_share,
+                digest_of([corpus, len(groups)]),
+            )
+            for number, group in enumerate(groups)
+        ],
+    )
+    context.progress.stage("train quantizer", total=1)
+    call = (store.url, prefix, samples, config.index, sizes, config.encode, context.spec.fingerprint, corpus)
+    return context.tasks(index_stages.train, [call], num_cpus=config.encode.threads_per_worker)[0]
+
+
+def _shards(
+    context: BuildContext, groups: list[list[PieceOfShard]], trained: CommitRecord, corpus: str
+) -> list[CommitRecord]:
+    threads = Threads(context.config.encode.threads_per_worker)
+    context.progress.stage("build shards", total=len(groups))
+    calls, inputs = [], []
+    for number, group in enumerate(groups):
+        made_from = digest_of([corpus, trained.content(), [(p.record.content(), p.first_row_id) for p in group]])
+        key = f"{context.run.prefix}/shards-{corpus[:16]}-{len(groups)}/shard-{number:05d}"
+        calls.append((context.store.url, key, group, trained.objects["quantizer"], threads, made_from))
+        inputs.append(made_from)
+    shards = context.tasks(index_stages.shard, calls, num_cpus=threads.count)
+    check_inputs(shards, inputs)
+    return shards
+
+
+def _parts(
+    context: BuildContext,
+    shards: list[CommitRecord],
+    trained: CommitRecord,
+    pieces: list[CommitRecord],
+    segment_name: str,
+    corpus: str,
+) -> list[PartRef]:
+    config, store = context.config.index, context.store
+    digest = trained.objects["quantizer"].sha256
+    runs = shards
+    wave = 0
+    while len(runs) > config.merge_fan_in:
+        wave += 1
+        groups = [runs[i : i + config.merge_fan_in] for i in range(0, len(runs), config.merge_fan_in)]
+        context.progress.stage(f"merge wave {wave}", total=len(groups))
+        nlist = runs[0].facts["num_lists"]
+        calls = [
+            (
+                store.url,
+                f"{context.run.prefix}/waves-{corpus[:16]}-{len(shards)}/wave{wave}-{number:05d}",
+                group,
+                (0, nlist),
+                digest,
+                config.merge_buffer_bytes,
+                digest_of([corpus, [run.content() for run in group]]),
+            )
+            for number, group in enumerate(groups)
+        ]
+        runs = context.tasks(index_stages.merge, calls)
+    ranges = part_ranges(context, runs, digest, pieces)
+    context.progress.stage("merge parts", total=len(ranges))
+    calls = [
+        (
+            store.url,
+            f"segments/{segment_name}/part-{number:05d}",
+            runs,
+            lists,
+            digest,
+            config.merge_buffer_bytes,
+            digest_of([corpus, lists]),
+        )
+        for number, lists in enumerate(ranges)
+    ]
+    merged = context.tasks(index_stages.merge, calls)
+    indexed = sum(record.facts["num_entries"] for record in merged)
+    expected = sum(record.facts["num_entries"] for record in shards)
+    if indexed != expected:
+        raise IntegrityError(f"the shards hold {expected} entries, the merged parts {indexed}; nothing was published")
+    if (
+        sum(r.facts["row_id_checksum"] for r in merged) % 2**64
+        != sum(r.facts["row_id_checksum"] for r in shards) % 2**64
+    ):
+        raise IntegrityError("the merged parts hold other row ids than the shards; nothing was published")
+    return [part_ref(store, call[1] + ".json") for call in calls]
+
+
+def part_ranges(
+    context: BuildContext, runs: list[CommitRecord], digest: str, pieces: list[CommitRecord]
+) -> list[tuple[int, int]]:
+    """Contiguous ranges of lists of about `index.part_bytes` each.
+
+    Sized by entries times a mean size that depends on the corpus alone, not on how it was cut into shards: the
+    boundaries are part of what is published.
+    """
+    readers = open_runs(context.store, runs, digest)
+    nlist = runs[0].facts["num_lists"]
+    list_bytes(readers, nlist)  # refuses a run over other lists
+    sizes = sum((reader.list_sizes_L for reader in readers), np.zeros(nlist, np.int64))
+    facts = runs[0].facts
+    encoded_bytes = sum(record.objects["encoded"].size_bytes for record in pieces)
+    encoded_rows = sum(record.facts["num_chunks"] for record in pieces)
+    mean_bytes = encoded_bytes / encoded_rows + facts["code_size"] + 8
+    return split_lists(sizes * mean_bytes, 0, context.config.index.part_bytes)
+
+
+def _small_objects(
+    context: BuildContext,
+    listing: Listing,
+    pieces: list[CommitRecord],
+    row_ids: RowIds,
+    trained: CommitRecord,
+    segment_name: str,
+) -> dict[str, Any]:
+    """Rejects, source listing and query sample of the version, as ObjectEntry JSON."""
+    store, attempt = context.store, new_attempt()
+    prefix = f"segments/{segment_name}"
+    rejects = index_stages.write_rejects(store, f"{prefix}/rejects-{attempt}.parquet", pieces, row_ids.duplicates)
+    lines = "".join(json.dumps(o.to_json(), sort_keys=True) + "\n" for o in listing.objects)
+    queries = store.read(trained.objects["queries"].key)
+    return {
+        "rejects": rejects.to_json() if rejects else None,
+        "listing": put_checked(store, f"{prefix}/sources-{attempt}.jsonl", lines.encode()).to_json(),
+        "queries": put_checked(store, f"{prefix}/queries-{attempt}.parquet", queries).to_json(),
+    }
+
+
+def _manifest(
+    context: BuildContext,
+    sources: list[str],
+    listing: Listing,
+    pieces: list[CommitRecord],
+    row_ids: RowIds,
+    sizes: IndexSizes,
+    trained: CommitRecord,
+    entries: dict[str, Any],
+    segment: Segment,
+    current: Manifest | None,
+) -> Manifest:
+    from pipelines.build import listing_digest
+
+    quantizer = trained.objects["quantizer"]
+    rejected = _sum(pieces, "rejected")
+    if row_ids.duplicates.num_rows:
+        rejected["duplicate_id"] = rejected.get("duplicate_id", 0) + row_ids.duplicates.num_rows
+    rows = {
+        "read": sum(record.facts["num_rows_read"] for record in pieces),
+        "indexed": row_ids.num_docs,
+        "rejected": dict(sorted(rejected.items())),
+        "dropped": _sum(pieces, "dropped"),
+    }
+    return Manifest(
+        version=f"v{context.epoch.number:06d}",
+        parent=current.version if current else None,
+        run_id=context.run.run_id,
+        epoch=context.epoch.number,
+        created_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        config=json.loads(json.dumps(context.config.to_json())),
+        fingerprint=json.loads(json.dumps(context.fingerprint)),
+        model={
+            "name": context.spec.name,
+            "given_as": context.config.encode.model,
+            "fingerprint": context.spec.fingerprint,
+            "precision": context.config.encode.precision,
+            "vectormill": package_version("vectormill"),
+        },
+        metric=context.config.index.metric,
+        d=sizes.d,
+        nlist=sizes.nlist,
+        M=sizes.M,
+        nbits=sizes.nbits,
+        ntotal=segment.num_rows,
+        num_docs=row_ids.num_docs,
+        rows=rows,
+        sources={
+            "arguments": sources,
+            "digest": listing_digest(listing),
+            "num_objects": len(listing.objects),
+            "size_bytes": sum(o.size_bytes for o in listing.objects),
+            "ignored": len(listing.ignored),
+            "listing": entries["listing"],
+        },
+        quantizer=quantizer.to_json(),
+        queries=entries["queries"],
+        segments=[segment],
+        quality={},
+        content_digest=compute_content_digest(quantizer, ObjectEntry.from_json(entries["queries"]), [segment]),
+    )
+
+
+def _verify(context: BuildContext, manifest: Manifest) -> None:
+    """Read everything back before it can be published. Raises IntegrityError with all that is wrong."""
+    threads = Threads(context.config.encode.threads_per_worker)
+    context.progress.stage("verify", total=sum(len(s.parts) for s in manifest.segments))
+    problems = check_manifest(context.store, manifest)
+    for segment in manifest.segments:
+        calls = [(context.store.url, ref, manifest.quantizer_entry, manifest.ntotal, threads) for ref in segment.parts]
+        reports = context.tasks(index_stages.check_part, calls, num_cpus=threads.count)
+        problems += [problem for report in reports for problem in report.problems]
+        problems += check_coverage(manifest, segment, reports)
+    if problems:
+        raise IntegrityError(f"the candidate is not what it should be, nothing was published: {'; '.join(problems)}")
+
+
+def _measure(context: BuildContext, manifest: Manifest) -> dict[str, Any]:
+    config = context.config
+    threads = Threads(config.encode.threads_per_worker)
+    context.progress.stage("measure recall", total=1)
+    call = (context.store.url, manifest, config.index, threads)
+    quality: dict[str, Any] = context.tasks(index_stages.measure_quality, [call], num_cpus=threads.count)[0]
+    if quality["recall@10"] < config.index.min_recall:
+        raise QualityError(
+            f"recall@10 on the query sample must be at least {config.index.min_recall} (index.min_recall), got"
+            f" {quality['recall@10']:.4f} at nprobe {quality['nprobe']} of {manifest.nlist}; nothing was published."
+            " Raise index.M or index.refine_factor, or lower the bound, and run again: vectors are kept"
+        )
+    return quality
+
+
+def _sum(pieces: Sequence[CommitRecord], outcome: str) -> dict[str, int]:
+    from pipelines.build import sum_counts
+
+    return sum_counts(pieces, outcome)

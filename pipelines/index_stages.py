@@ -1,0 +1,245 @@
+"""From committed pieces to a candidate version: the functions that run as parallel tasks after the streaming job.
+
+Each opens the store by its URL, does one unit of work and commits it. All are deterministic in their arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from operators import schemas
+from operators.artifact.index import Index
+from operators.artifact.manifest import Manifest, PartRef
+from operators.artifact.quantizer import Quantizer, read_quantizer
+from operators.artifact.verifier import PartReport, verify_part
+from operators.errors import FingerprintError
+from operators.index_config import IndexConfig, IndexSizes
+from operators.merger import merge_range
+from operators.model import load_spec, resolve_model
+from operators.piece_store import read_table, vectors_of, write_table
+from operators.row_ids import RowIds, assign_row_ids
+from operators.shard_builder import PieceOfShard, build_shard
+from operators.storage.checked import ObjectEntry, write_checked
+from operators.storage.commits import CommitRecord, commit, new_attempt, read_record
+from operators.storage.store import Store, open_store
+from operators.text_encoder import EncodeConfig, TextEncoder
+from operators.trainer import SampledRows, join_samples, sample_pieces, train_quantizer, write_queries
+
+PROBE_RECALL_K = 10
+
+
+@dataclass(frozen=True)
+class Threads:
+    """CPU threads of a task. Semantic: the number changes the rounding of matrix products."""
+
+    count: int
+
+    def apply(self) -> None:
+        """Set it for torch and faiss in this process."""
+        import faiss
+        import torch
+
+        torch.set_num_threads(self.count)
+        faiss.omp_set_num_threads(self.count)
+
+
+def number_rows(store_url: str, pieces: Sequence[CommitRecord]) -> RowIds:
+    """Row ids and duplicates of the whole corpus."""
+    return assign_row_ids(open_store(store_url), pieces)
+
+
+def write_rejects(store: Store, key: str, pieces: Sequence[CommitRecord], duplicates: pa.Table) -> ObjectEntry | None:
+    """All rows that were left out, in source order, duplicates last; None when there are none. Streams piece by piece."""
+    with_rejects = [record for record in pieces if "rejects" in record.objects]
+    if not with_rejects and not duplicates.num_rows:
+        return None
+    with write_checked(store, key) as pending, pa.PythonFile(pending.file, mode="w") as sink:
+        with pq.ParquetWriter(sink, schemas.REJECTS, compression="zstd") as writer:
+            for record in with_rejects:
+                writer.write_table(read_table(store, record.objects["rejects"]))
+            if duplicates.num_rows:
+                writer.write_table(duplicates)
+    return pending.entry
+
+
+def sample_group(
+    store_url: str, key_prefix: str, pieces: Sequence[PieceOfShard], train_share: float, query_share: float, inputs: str
+) -> CommitRecord:
+    """Commit a group's share of the training and the query sample."""
+    store = open_store(store_url)
+    done = read_record(store, f"{key_prefix}.json")
+    if done is not None and done.inputs == inputs:
+        return done
+    found = sample_pieces(
+        store, [(p.record, p.dropped_docs) for p in pieces], train_share=train_share, query_share=query_share
+    )
+    attempt = new_attempt()
+    d = found.vectors.shape[1]
+    flat = pa.array(np.ascontiguousarray(found.vectors).ravel(), pa.float16())
+    rows = pa.table({"order": pa.array(found.order, pa.uint64()), "vector": pa.FixedSizeListArray.from_arrays(flat, d)})
+    questions = pa.table(
+        {"order": pa.array(found.query_order, pa.uint64()), "text": pa.array(found.query_texts, pa.large_string())}
+    )
+    objects = {
+        "sample": write_table(store, f"{key_prefix}-{attempt}.parquet", rows),
+        "questions": write_table(store, f"{key_prefix}-{attempt}.questions.parquet", questions),
+    }
+    name = key_prefix.rsplit("/", 1)[1]
+    return commit(store, f"{key_prefix}.json", CommitRecord(f"sample {name}", inputs, attempt, objects))
+
+
+def train(
+    store_url: str,
+    prefix: str,
+    samples: Sequence[CommitRecord],
+    config: IndexConfig,
+    sizes: IndexSizes,
+    encode: EncodeConfig,
+    model_fingerprint: str,
+    inputs: str,
+) -> CommitRecord:
+    """Train and commit the quantizer, and the query sample with its vectors."""
+    store = open_store(store_url)
+    key = f"{prefix}/trained.json"
+    done = read_record(store, key)
+    if done is not None and done.inputs == inputs:
+        return done
+    Threads(encode.threads_per_worker).apply()
+    sample = join_samples([_read_sample(store, record) for record in samples])
+    quantizer = train_quantizer(store, prefix, sample.vectors, config, sizes, inputs)
+    texts = [text for text in sample.query_texts if text][: config.query_sample]
+    vectors = query_encoder(encode, model_fingerprint).encode_queries(texts)
+    attempt = new_attempt()
+    objects = {
+        "quantizer": quantizer.write(store),
+        "queries": write_queries(store, f"{prefix}/queries-{attempt}.parquet", texts, vectors),
+    }
+    return commit(
+        store, key, CommitRecord("train quantizer", inputs, attempt, objects, {"sample_rows": len(sample.order)})
+    )
+
+
+def query_encoder(encode: EncodeConfig, model_fingerprint: str) -> TextEncoder:
+    """The corpus's encoder, for queries. Raises FingerprintError when the model at hand is another one."""
+    spec = load_spec(resolve_model(encode.model), encode.pooling)
+    if spec.fingerprint != model_fingerprint:
+        raise FingerprintError(
+            f"the model at {spec.path} has fingerprint {spec.fingerprint[:12]}, the index was built with {model_fingerprint[:12]};"
+            " their vectors cannot be compared: give the same model (--model), or build the index again"
+        )
+    return TextEncoder(encode, spec)
+
+
+def _read_sample(store: Store, record: CommitRecord) -> SampledRows:
+    rows = read_table(store, record.objects["sample"])
+    questions = read_table(store, record.objects["questions"])
+    return SampledRows(
+        rows.column("order").to_numpy(),
+        vectors_of(rows),
+        questions.column("order").to_numpy(),
+        questions.column("text").to_pylist(),
+    )
+
+
+def shard(
+    store_url: str,
+    key_prefix: str,
+    pieces: Sequence[PieceOfShard],
+    quantizer: ObjectEntry,
+    threads: Threads,
+    inputs: str,
+) -> CommitRecord:
+    """Build and commit a shard unless it was."""
+    store = open_store(store_url)
+    done = read_record(store, f"{key_prefix}.json")
+    if done is not None:
+        return done  # the merge checks its inputs and refuses a foreign one by name
+    threads.apply()
+    return build_shard(store, key_prefix, pieces, _quantizer(store, quantizer), inputs)
+
+
+def merge(
+    store_url: str,
+    key_prefix: str,
+    runs: Sequence[CommitRecord],
+    lists: tuple[int, int],
+    quantizer_digest: str,
+    buffer_bytes: int,
+    inputs: str,
+) -> CommitRecord:
+    """Merge a range of lists and commit the part (or intermediate run) unless it was."""
+    store = open_store(store_url)
+    done = read_record(store, f"{key_prefix}.json")
+    if done is not None and done.inputs == inputs:
+        return done
+    return merge_range(
+        store, key_prefix, runs, lists, quantizer_digest=quantizer_digest, buffer_bytes=buffer_bytes, inputs=inputs
+    )
+
+
+def check_part(store_url: str, ref: PartRef, quantizer: ObjectEntry, ntotal: int, threads: Threads) -> PartReport:
+    """Verify one part of a candidate."""
+    threads.apply()
+    store = open_store(store_url)
+    return verify_part(store, ref, _quantizer(store, quantizer), ntotal)
+
+
+_quantizers: dict[str, Quantizer] = {}
+
+
+def _quantizer(store: Store, entry: ObjectEntry) -> Quantizer:
+    """The quantizer, kept in the worker process from task to task."""
+    if entry.sha256 not in _quantizers:
+        _quantizers.clear()
+        _quantizers[entry.sha256] = read_quantizer(store, entry)
+    return _quantizers[entry.sha256]
+
+
+def measure_quality(store_url: str, manifest: Manifest, config: IndexConfig, threads: Threads) -> dict[str, Any]:
+    """Recall on the stored query sample, and the smallest nprobe (and refine factor) that reaches the target.
+
+    nprobe doubles until recall@10 against exact search over the stored vectors reaches `index.target_recall`. Where
+    more lists no longer help, the codes are what limits it, and the refine factor doubles (up to 4 times).
+    """
+    threads.apply()
+    store = open_store(store_url)
+    index = Index(store, manifest)
+    table = read_table(store, ObjectEntry.from_json(manifest.queries))
+    queries = np.array(table.column("vector").to_pylist(), np.float32).reshape(table.num_rows, manifest.d)
+    k = min(PROBE_RECALL_K, manifest.ntotal)
+    exact = index.exact_search(queries, k).entries_Qk
+    nprobe, refine, best, curve = 1, config.refine_factor, 0.0, []
+    while True:
+        found = index.search(queries, k, nprobe=nprobe, refine_factor=refine).entries_Qk
+        recall = intersection_recall(found, exact)
+        curve.append({"nprobe": nprobe, "refine_factor": refine, "recall@10": recall})
+        if recall >= config.target_recall:
+            break
+        stuck = recall - best < 0.001 and nprobe >= 8
+        if (stuck or nprobe == manifest.nlist) and refine < 4 * config.refine_factor:
+            refine *= 2
+        elif nprobe < manifest.nlist:
+            nprobe = min(2 * nprobe, manifest.nlist)
+        else:
+            break
+        best = max(best, recall)
+    return {
+        "nprobe": nprobe,
+        "refine_factor": refine,
+        "recall@10": curve[-1]["recall@10"],
+        "target_recall": config.target_recall,
+        "queries": len(queries),
+        "curve": curve,
+    }
+
+
+def intersection_recall(found_Qk: np.ndarray, exact_Qk: np.ndarray) -> float:
+    """Mean share of the exact top k that was found (`intersection` recall@k), order ignored."""
+    hits = [len(np.intersect1d(f[f >= 0], e)) / len(e) for f, e in zip(found_Qk, exact_Qk, strict=True)]
+    return float(np.mean(hits)) if hits else 1.0
