@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from operators.crash_points import VARIABLE as CRASH_VARIABLE
+from operators import crash_points
 from operators.errors import ResourceError
 from operators.settings import operational
 
@@ -47,8 +47,6 @@ def connect(config: ClusterConfig) -> Iterator[Session]:
     # Ray resets the logging of the driver; its INFO lines would tear the progress display apart.
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # Ray 2.60's C++ core prints notes about Ray Data's own actors to the terminal; errors still reach Python.
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray
 
     address = config.address or os.environ.get("RAY_ADDRESS", "")
@@ -66,7 +64,8 @@ def connect(config: ClusterConfig) -> Iterator[Session]:
         options["object_store_memory"] = config.object_store_bytes
         options["include_dashboard"] = False
     try:
-        ray.init(**options)
+        with _quiet_core():
+            ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = f"the Ray cluster at {address} (cluster.address or RAY_ADDRESS)" if address else "Ray on this machine"
         raise ResourceError(f"could not connect to {where}: {error}") from None
@@ -77,17 +76,39 @@ def connect(config: ClusterConfig) -> Iterator[Session]:
         ray.shutdown()
 
 
+@contextmanager
+def _quiet_core() -> Iterator[None]:
+    """Keep Ray's C++ core from writing to the terminal; its errors still reach Python.
+
+    Ray 2.60 prints a warning about Ray Data's own actors to the driver's standard error. The log level that silences
+    it (RAY_BACKEND_LOG_LEVEL, read when the driver connects) announces itself there too, so standard error is closed
+    for that moment; the level is taken back, since workers that are started later shall log as usual.
+    """
+    if "RAY_BACKEND_LOG_LEVEL" in os.environ:
+        yield
+        return
+    os.environ["RAY_BACKEND_LOG_LEVEL"] = "fatal"
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+        del os.environ["RAY_BACKEND_LOG_LEVEL"]
+
+
 def _runtime_env(joining: bool) -> dict[str, Any]:
     """Environment of the workers: this code on their path, the crash setting of a fault test."""
     variables = {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])}
-    passed_on = (CRASH_VARIABLE, "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM")
+    if crash_points.VARIABLE in os.environ:
+        os.environ[crash_points.DRIVER_VARIABLE] = str(os.getpid())
+    passed_on: tuple[str, ...] = (crash_points.VARIABLE, crash_points.DRIVER_VARIABLE, "HF_HUB_OFFLINE")
     if joining:  # workers of a cluster do not inherit this process's environment
         # Never credentials: Ray writes runtime environments to its logs. A cluster's nodes have their own.
         passed_on += ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_PROFILE")
     variables |= {name: os.environ[name] for name in passed_on if name in os.environ}
     return {"env_vars": variables}
-
-
-def is_interactive() -> bool:
-    """Whether a person watches standard error."""
-    return sys.stderr.isatty()

@@ -27,7 +27,7 @@ import pyarrow as pa
 from cluster.preflight import StreamPlan
 from operators.chunker import ChunkConfig, Chunker
 from operators.encoder import Encoder
-from operators.errors import FingerprintError, ResourceError, VectormillError
+from operators.errors import FingerprintError, ResourceError, SourceChangedError, VectormillError
 from operators.model import load_spec, resolve_model
 from operators.piece_store import EncodedPiece, commit_piece
 from operators.sources.pieces import Piece
@@ -37,6 +37,7 @@ from operators.storage.store import open_store
 from operators.text_encoder import EncodeConfig
 
 READ_ATTEMPTS = 3
+READ_BACKOFF_S = 1.0
 # Ray fuses a task operator into an actor pool when their resource requests are equal, which would tokenize inside the
 # encoders. A memory request that the encoders do not have keeps them apart.
 READ_MEMORY_BYTES = 512 << 20  # measured: 260 MB with the tokenizer and torch imported, 8192 short rows
@@ -174,15 +175,13 @@ def _piece_source(job: StreamJob, pieces: Sequence[Piece]) -> Any:
 def _read(job: StreamJob, piece: Piece) -> list[pa.Table]:
     for attempt in range(1, READ_ATTEMPTS + 1):
         try:
-            found = PieceReader(job.read).read(piece)
-            facts = {"num_rows_read": found.num_rows_read}
+            found = PieceReader(job.read, open_store(job.store_url)).read(piece)
+            facts = {"num_rows_read": found.num_rows_read, "text_bytes": found.rows.column("text").nbytes}
             return [_envelope(piece, found.rows, found.rejects, facts)]
-        except VectormillError as error:
-            return [_failure(piece, "reading", error)]
-        except Exception as error:  # storage: timeouts, resets, throttling beyond the client's own retries
-            if attempt == READ_ATTEMPTS:
-                return [_failure(piece, f"reading ({READ_ATTEMPTS} attempts)", error)]
-            time.sleep(2.0**attempt)
+        except Exception as error:  # timeouts and resets beyond the storage client's own retries look like damage
+            if attempt == READ_ATTEMPTS or isinstance(error, SourceChangedError):
+                return [_failure(piece, f"reading ({attempt} attempt(s))", error)]
+            time.sleep(READ_BACKOFF_S * attempt)
     raise AssertionError("unreachable")
 
 

@@ -1,7 +1,7 @@
 """Merge list-sorted runs: a task owns a range of lists, reads that slice of every run, writes one immutable run.
 
-Memory is bounded by `buffer_bytes` (or the largest single list), whatever the size of the index: a range is worked
-through in sub-ranges. The same function makes published parts and, when there are too many shards to open at once,
+Memory is about five times `buffer_bytes` (or the largest single list), whatever the size of the index: a range is
+worked through in sub-ranges. The same function makes published parts and, when there are too many shards to open at once,
 intermediate runs.
 """
 
@@ -11,13 +11,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from operators.artifact.list_run import RunReader, concat_sorted, write_run
+from operators.artifact.list_run import CACHE_BYTES, RunReader, concat_sorted, write_run
 from operators.errors import IntegrityError
 from operators.storage.commits import CommitRecord, commit, new_attempt
 from operators.storage.store import Store
 
 
-def open_runs(store: Store, runs: Sequence[CommitRecord], quantizer_digest: str) -> list[RunReader]:
+def open_runs(
+    store: Store, runs: Sequence[CommitRecord], quantizer_digest: str, cache_bytes: int = CACHE_BYTES
+) -> list[RunReader]:
     """Readers of the runs. Raises IntegrityError naming a run that is missing, cut short, damaged or of another codebook."""
     readers = []
     for record in runs:
@@ -27,7 +29,7 @@ def open_runs(store: Store, runs: Sequence[CommitRecord], quantizer_digest: str)
                 f"{record.unit} was encoded with quantizer {found}, this index uses {quantizer_digest};"
                 " merging them would return wrong neighbours; delete its record to build the shard again"
             )
-        readers.append(RunReader(store, record.unit, record.objects, record.facts))
+        readers.append(RunReader(store, record.unit, record.objects, record.facts, cache_bytes))
     return readers
 
 
@@ -77,7 +79,8 @@ def merge_range(
 ) -> CommitRecord:
     """Merge lists [first, end) of all runs into one committed run; `key_prefix` names it ('.../part-00003')."""
     first, end = lists
-    readers = open_runs(store, runs, quantizer_digest)
+    # Lists are read once, in order: the caches of all runs together are held to one more buffer.
+    readers = open_runs(store, runs, quantizer_digest, cache_bytes=buffer_bytes // (3 * len(runs)))
     sizes = sum(
         (r.list_sizes_L[first - r.first_list : end - r.first_list] for r in readers), np.zeros(end - first, np.int64)
     )

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from operators import schemas
+from operators.crash_points import crash_point
 from operators.errors import IntegrityError
 from operators.storage.checked import CheckedFile, ObjectEntry, write_checked
 from operators.storage.commits import CommitRecord, commit, new_attempt
@@ -52,6 +53,7 @@ def commit_piece(store: Store, run_prefix: str, piece: EncodedPiece, inputs: str
         raise IntegrityError(
             f"piece {piece.piece_id}: {piece.num_rows_read} rows read, but {num_docs} encoded and {piece.rejects.num_rows} left out"
         )
+    crash_point("piece.before_data")
     attempt = new_attempt()
     prefix = f"{run_prefix}/pieces/{piece.piece_id}-{attempt}"
     d = piece.encoded.schema.field("vector").type.list_size

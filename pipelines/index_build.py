@@ -74,6 +74,11 @@ def group_pieces(pieces: Sequence[CommitRecord], row_ids: RowIds, shard_rows: in
     return groups
 
 
+def _members(group: list[PieceOfShard]) -> list[Any]:
+    """What a group is made of. Keys of its work carry a digest of it: `index.shard_rows` may change between attempts."""
+    return [(p.record.content(), p.first_row_id) for p in group]
+
+
 def _train(
     context: BuildContext, groups: list[list[PieceOfShard]], sizes: IndexSizes, ntotal: int, corpus: str
 ) -> CommitRecord:
@@ -83,20 +88,12 @@ def _train(
     query_share = min(1.0, 1.5 * config.index.query_sample / ntotal)
     train_share = min(1.0, sizes.train_points / ntotal)
     context.progress.stage("draw samples", total=len(groups))
-    samples = context.tasks(
-        index_stages.sample_group,
-        [
-            (
-                store.url,
-                f"{prefix}/sample-{number:05d}",
-                group,
-                train_share,
-                query_share,
-                digest_of([corpus, len(groups)]),
-            )
-            for number, group in enumerate(groups)
-        ],
-    )
+    calls = []
+    for number, group in enumerate(groups):
+        made_from = digest_of([corpus, _members(group)])
+        key = f"{prefix}/sample-{number:05d}-{made_from[:12]}"
+        calls.append((store.url, key, group, train_share, query_share, made_from))
+    samples = context.tasks(index_stages.sample_group, calls)
     context.progress.stage("train quantizer", total=1)
     call = (store.url, prefix, samples, config.index, sizes, config.encode, context.spec.fingerprint, corpus)
     return context.tasks(index_stages.train, [call], num_cpus=config.encode.threads_per_worker)[0]
@@ -109,8 +106,8 @@ def _shards(
     context.progress.stage("build shards", total=len(groups))
     calls, inputs = [], []
     for number, group in enumerate(groups):
-        made_from = digest_of([corpus, trained.content(), [(p.record.content(), p.first_row_id) for p in group]])
-        key = f"{context.run.prefix}/shards-{corpus[:16]}-{len(groups)}/shard-{number:05d}"
+        made_from = digest_of([corpus, trained.content(), _members(group)])
+        key = f"{context.run.prefix}/shards-{corpus[:16]}/shard-{number:05d}-{made_from[:12]}"
         calls.append((context.store.url, key, group, trained.objects["quantizer"], threads, made_from))
         inputs.append(made_from)
     shards = context.tasks(index_stages.shard, calls, num_cpus=threads.count)
@@ -135,18 +132,11 @@ def _parts(
         groups = [runs[i : i + config.merge_fan_in] for i in range(0, len(runs), config.merge_fan_in)]
         context.progress.stage(f"merge wave {wave}", total=len(groups))
         nlist = runs[0].facts["num_lists"]
-        calls = [
-            (
-                store.url,
-                f"{context.run.prefix}/waves-{corpus[:16]}-{len(shards)}/wave{wave}-{number:05d}",
-                group,
-                (0, nlist),
-                digest,
-                config.merge_buffer_bytes,
-                digest_of([corpus, [run.content() for run in group]]),
-            )
-            for number, group in enumerate(groups)
-        ]
+        calls: list[tuple[Any, ...]] = []
+        for number, group in enumerate(groups):
+            made_from = digest_of([corpus, [run.content() for run in group]])
+            key = f"{context.run.prefix}/waves-{corpus[:16]}/wave{wave}-{number:05d}-{made_from[:12]}"
+            calls.append((store.url, key, group, (0, nlist), digest, config.merge_buffer_bytes, made_from))
         runs = context.tasks(index_stages.merge, calls)
     ranges = part_ranges(context, runs, digest, pieces)
     context.progress.stage("merge parts", total=len(ranges))

@@ -20,7 +20,7 @@ from operators.artifact.quantizer import Quantizer, read_quantizer
 from operators.artifact.verifier import PartReport, verify_part
 from operators.errors import FingerprintError
 from operators.index_config import IndexConfig, IndexSizes
-from operators.merger import merge_range
+from operators.merger import check_inputs, merge_range
 from operators.model import load_spec, resolve_model
 from operators.piece_store import read_table, vectors_of, write_table
 from operators.row_ids import RowIds, assign_row_ids
@@ -59,12 +59,15 @@ def write_rejects(store: Store, key: str, pieces: Sequence[CommitRecord], duplic
     with_rejects = [record for record in pieces if "rejects" in record.objects]
     if not with_rejects and not duplicates.num_rows:
         return None
-    with write_checked(store, key) as pending, pa.PythonFile(pending.file, mode="w") as sink:
-        with pq.ParquetWriter(sink, schemas.REJECTS, compression="zstd") as writer:
-            for record in with_rejects:
-                writer.write_table(read_table(store, record.objects["rejects"]))
-            if duplicates.num_rows:
-                writer.write_table(duplicates)
+    with (
+        write_checked(store, key) as pending,
+        pa.PythonFile(pending.file, mode="w") as sink,
+        pq.ParquetWriter(sink, schemas.REJECTS, compression="zstd") as writer,
+    ):
+        for record in with_rejects:
+            writer.write_table(read_table(store, record.objects["rejects"]))
+        if duplicates.num_rows:
+            writer.write_table(duplicates)
     return pending.entry
 
 
@@ -74,7 +77,8 @@ def sample_group(
     """Commit a group's share of the training and the query sample."""
     store = open_store(store_url)
     done = read_record(store, f"{key_prefix}.json")
-    if done is not None and done.inputs == inputs:
+    if done is not None:
+        check_inputs([done], [inputs])
         return done
     found = sample_pieces(
         store, [(p.record, p.dropped_docs) for p in pieces], train_share=train_share, query_share=query_share
@@ -108,7 +112,8 @@ def train(
     store = open_store(store_url)
     key = f"{prefix}/trained.json"
     done = read_record(store, key)
-    if done is not None and done.inputs == inputs:
+    if done is not None:
+        check_inputs([done], [inputs])
         return done
     Threads(encode.threads_per_worker).apply()
     sample = join_samples([_read_sample(store, record) for record in samples])
@@ -176,7 +181,8 @@ def merge(
     """Merge a range of lists and commit the part (or intermediate run) unless it was."""
     store = open_store(store_url)
     done = read_record(store, f"{key_prefix}.json")
-    if done is not None and done.inputs == inputs:
+    if done is not None:
+        check_inputs([done], [inputs])
         return done
     return merge_range(
         store, key_prefix, runs, lists, quantizer_digest=quantizer_digest, buffer_bytes=buffer_bytes, inputs=inputs

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from types import TracebackType
 
@@ -22,7 +24,9 @@ class RunProgress:
     """Stages of a run in order. `stage` ends the one before; `stages` keeps the seconds that each took."""
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self._console = Console(stderr=True, quiet=quiet)
+        # A duplicate of standard error: the session closes the original for a moment while Ray starts.
+        terminal = os.fdopen(os.dup(2), "w") if sys.stderr.isatty() else sys.stderr
+        self._console = Console(file=terminal, quiet=quiet)
         self._bars = Progress(
             SpinnerColumn(),
             TextColumn("{task.description:<22}"),

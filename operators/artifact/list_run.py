@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +19,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from operators import schemas
+from operators.crash_points import crash_point
 from operators.errors import IntegrityError
 from operators.storage.checked import CheckedFile, ObjectEntry, write_checked
 from operators.storage.store import Store
 
 ROW_GROUP_ROWS = 512  # text of a hit costs one row group; 512 rows of ~500 bytes compress to about 100 kB
+CACHE_BYTES = 32 << 20
 _MAGIC = b"ilar"
 _LAYOUT = b"full"  # sizes of all lists follow, also of empty ones
 
@@ -87,9 +89,21 @@ class RunWriter:
         """Add the entries of lists [the last end_list, end_list). Raises IntegrityError when the sizes do not fit."""
         start = self._next_list - self._first_list
         stop = end_list - self._first_list
-        sizes = np.bincount(piece.list_no - self._next_list, minlength=stop - start)
+        list_no = piece.list_no.astype(np.int64) - self._next_list
+        if len(list_no) and (list_no.min() < 0 or (list_no[1:] < list_no[:-1]).any()):
+            raise IntegrityError(
+                f"entries of lists {self._next_list}..{end_list - 1} must be sorted by list, got lists"
+                f" {piece.list_no.min()}..{piece.list_no.max()} in another order or from before"
+            )
+        sizes = np.bincount(list_no, minlength=stop - start)
         if not np.array_equal(sizes, self._sizes[start:stop]):
             raise IntegrityError(f"lists {self._next_list}..{end_list - 1} have other sizes than announced")
+        lengths = (len(list_no), len(piece.row_ids), len(piece.codes), len(piece.vectors), piece.rows.num_rows)
+        if len(set(lengths)) != 1:
+            raise IntegrityError(
+                f"lists {self._next_list}..{end_list - 1}: list numbers, row ids, codes, vectors and rows must be as many,"
+                f" got {lengths}"
+            )
         position = 0
         for size in sizes.tolist():
             if size:
@@ -121,6 +135,12 @@ class RunWriter:
         self._flush_rows(1)
         self._parquet.close()
 
+    def abandon(self) -> None:
+        """Close what an exception left open, while the files still are: a ParquetWriter would do it when it is collected."""
+        with suppress(Exception):  # the exception that ended the run is the one to show
+            self._parquet.close()
+        self._parquet.is_open = False
+
 
 class FinishedRun:
     """What a finished `write_run` leaves: the objects' entries by role, and the row-id checksum."""
@@ -144,8 +164,13 @@ def write_run(
         pending = {role: stack.enter_context(write_checked(store, key_prefix + end)) for role, end in names.items()}
         files = {role: each.file for role, each in pending.items()}
         writer = RunWriter(list_sizes_L, first_list, code_size, d, files)
-        yield writer, finished
-        writer.finish()
+        try:
+            yield writer, finished
+            crash_point("run.before_finish")  # in a shard or in a merge: data streams are open, nothing is visible
+            writer.finish()
+        except BaseException:
+            writer.abandon()
+            raise
     for role, each in pending.items():
         assert each.entry is not None
         finished.objects[role] = each.entry
@@ -160,18 +185,28 @@ def write_run(
 
 
 class RunReader:
-    """Reads ranges of lists of a committed run; every byte is checked on the way. Not thread-safe."""
+    """Reads ranges of lists of a committed run; every byte is checked on the way. Not thread-safe.
 
-    def __init__(self, store: Store, name: str, objects: dict[str, ObjectEntry], facts: dict[str, Any]) -> None:
+    Keeps up to `cache_bytes` of verified blocks of each of the three objects.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        name: str,
+        objects: dict[str, ObjectEntry],
+        facts: dict[str, Any],
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
         self.name = name
         self.facts = facts
         self.first_list: int = facts["first_list"]
         self.end_list: int = facts["first_list"] + facts["num_lists"]
         self._code_size: int = facts["code_size"]
         self._d: int = facts["d"]
-        self._lists = CheckedFile(store, objects["lists"])
-        self._vectors = CheckedFile(store, objects["vectors"])
-        self._rows_file = CheckedFile(store, objects["rows"])
+        self._lists = CheckedFile(store, objects["lists"], cache_bytes)
+        self._vectors = CheckedFile(store, objects["vectors"], cache_bytes)
+        self._rows_file = CheckedFile(store, objects["rows"], cache_bytes)
         self._parquet: pq.ParquetFile | None = None
         self._row_group_starts: np.ndarray | None = None
         num_lists = facts["num_lists"]
@@ -209,7 +244,7 @@ class RunReader:
         for size in self.list_sizes_L[a:b].tolist():
             begin = position * width
             middle = begin + size * self._code_size
-            codes[position : position + size] = np.frombuffer(data[begin:middle], np.uint8).reshape(size, -1)
+            codes[position : position + size] = np.frombuffer(data[begin:middle], np.uint8).reshape(size, self._code_size)
             row_ids[position : position + size] = np.frombuffer(data[middle : begin + size * width], "<i8")
             position += size
         list_no = np.repeat(np.arange(first, end, dtype=np.int32), self.list_sizes_L[a:b])

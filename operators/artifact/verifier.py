@@ -16,7 +16,7 @@ from operators.piece_store import read_table
 from operators.storage.checked import ObjectEntry, verify_object
 from operators.storage.store import Store
 
-REENCODED_ENTRIES = 2_048  # of each part: their lists and codes are computed again from the stored vectors
+REENCODED_ENTRIES = 2_048  # about so many of each part, evenly spread: lists and codes are computed again from vectors
 
 
 @dataclass
@@ -48,6 +48,11 @@ def verify_part(store: Store, ref: PartRef, quantizer: Quantizer, ntotal: int) -
         report.problems.append(
             f"{record.unit} was made with quantizer {record.facts['quantizer']}, the version names {quantizer.digest}"
         )
+    for name in ("first_list", "num_lists", "num_entries"):
+        if record.facts[name] != getattr(ref, name):
+            report.problems.append(
+                f"{record.unit} has {name} {record.facts[name]}, the manifest says {getattr(ref, name)}"
+            )
     if [list(entry) for entry in record.content()] != ref.content:
         report.problems.append(f"{record.unit}: objects of the record differ from those in the manifest")
     if report.problems:
@@ -61,7 +66,7 @@ def verify_part(store: Store, ref: PartRef, quantizer: Quantizer, ntotal: int) -
 
 def _check_entries(reader: RunReader, quantizer: Quantizer, ntotal: int, report: PartReport) -> None:
     """Lists, vectors and rows of every entry belong together; ids are in range and rise within each list."""
-    left = REENCODED_ENTRIES
+    stride = max(1, reader.facts["num_entries"] // REENCODED_ENTRIES)
     for first, end in _steps(reader):
         entries = reader.read_lists(first, end)
         ids = entries.row_ids
@@ -77,10 +82,9 @@ def _check_entries(reader: RunReader, quantizer: Quantizer, ntotal: int, report:
         if not np.isfinite(entries.vectors).all():
             raise IntegrityError(f"{reader.name}: NaN or infinite vector in lists {first}..{end - 1}")
         _check_spans(reader, entries.rows, first, end)
-        if left > 0 and len(ids):
-            sample = slice(0, left)
+        sample = np.arange(-(report.num_entries - len(ids)) % stride, len(ids), stride)
+        if len(sample):
             list_no, codes = quantizer.encode(entries.vectors[sample])
-            left -= len(list_no)
             if not (np.array_equal(list_no, entries.list_no[sample]) and np.array_equal(codes, entries.codes[sample])):
                 raise IntegrityError(
                     f"{reader.name}: stored codes are not those of the stored vectors (lists {first}..{end - 1})"

@@ -147,7 +147,7 @@ def _expand_glob(fs: Any, path: str) -> tuple[str, dict[str, dict[str, Any]], bo
     parts = path.split("/")
     first = next(number for number, part in enumerate(parts) if has_magic(part))
     infos: dict[str, dict[str, Any]] = {}
-    for found, info in fs.glob(path, detail=True).items():
+    for found, info in fs.glob(path, detail=True, **_walk_options(fs)).items():
         if info["type"] == "directory":
             infos |= _files_below(fs, found.rstrip("/"))
         else:
@@ -156,10 +156,13 @@ def _expand_glob(fs: Any, path: str) -> tuple[str, dict[str, dict[str, Any]], bo
 
 
 def _files_below(fs: Any, folder: str) -> dict[str, dict[str, Any]]:
-    # Without on_error the local walk leaves out folders that it may not read.
-    options = {"on_error": "raise"} if is_local(fs) else {}
-    found = fs.find(folder, detail=True, **options)
+    found = fs.find(folder, detail=True, **_walk_options(fs))
     return {path: info for path, info in found.items() if info["type"] != "directory" and not path.endswith("/")}
+
+
+def _walk_options(fs: Any) -> dict[str, Any]:
+    # By default the local walk leaves out, silently, folders that it may not read.
+    return {"on_error": "raise"} if is_local(fs) else {}
 
 
 def _followed(fs: Any, path: str, info: dict[str, Any]) -> dict[str, Any]:

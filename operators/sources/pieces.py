@@ -5,6 +5,7 @@ One piece is one read task and one block of the streaming job.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -73,6 +74,7 @@ class Piece:
     first_row: int = 0  # number of the slice's first row in its object
     columns: Columns | None = None
     staged: StagedSlice | None = None
+    rows_of_groups: tuple[int, int] | None = None  # only these rows [first, end) of the row groups; None: all
 
     @property
     def piece_id(self) -> str:
@@ -81,7 +83,7 @@ class Piece:
             [entry.sha256 if entry else "" for entry in (self.staged.rows, self.staged.rejects)] if self.staged else []
         )
         named = [[obj.uri, obj.source, obj.etag] for obj in self.objects]
-        return digest_of([named, self.kind, self.start, self.end, content])[:32]
+        return digest_of([named, self.kind, self.start, self.end, self.rows_of_groups, content])[:32]
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON."""
@@ -93,12 +95,13 @@ class Piece:
             "first_row": self.first_row,
             "columns": [self.columns.id_column, list(self.columns.text_columns)] if self.columns else None,
             "staged": self.staged.to_json() if self.staged else None,
+            "rows_of_groups": self.rows_of_groups,
         }
 
     @staticmethod
     def from_json(fields: dict[str, Any]) -> Piece:
         """Inverse of `to_json`."""
-        columns, staged = fields["columns"], fields["staged"]
+        columns, staged, rows = fields["columns"], fields["staged"], fields["rows_of_groups"]
         return Piece(
             tuple(SourceObject.from_json(obj) for obj in fields["objects"]),
             fields["kind"],
@@ -107,6 +110,7 @@ class Piece:
             fields["first_row"],
             Columns(columns[0], tuple(columns[1])) if columns else None,
             StagedSlice.from_json(staged) if staged else None,
+            (rows[0], rows[1]) if rows else None,
         )
 
 
@@ -240,8 +244,18 @@ def _plan_parquet(obj: SourceObject, config: ReadConfig) -> _Outcome:
             and num_bytes + sizes[end] <= config.piece_bytes
         ):
             num_rows, num_bytes, end = num_rows + rows[end], num_bytes + sizes[end], end + 1
-        if num_rows:
+        num_cuts = max(math.ceil(num_rows / config.piece_rows), math.ceil(num_bytes / config.piece_bytes), 1)
+        if num_rows and num_cuts == 1:
             pieces.append(Piece((obj,), "row_groups", start, end, first_row, columns))
+        elif num_rows:
+            # One row group of a few pieces: each reads it whole and keeps its rows. Decoding it up to MAX_OVERSIZE
+            # times costs little beside encoding, and the pieces can be encoded in parallel.
+            cuts = [num_rows * number // num_cuts for number in range(num_cuts + 1)]
+            pieces += [
+                Piece((obj,), "row_groups", start, end, first_row + low, columns, rows_of_groups=(low, high))
+                for low, high in pairwise(cuts)
+                if low < high
+            ]
         start, first_row = end, first_row + num_rows
     return _Outcome(pieces, available)
 

@@ -58,6 +58,9 @@ class PieceReader:
         ):
             # One thread: the pieces are what runs in parallel.
             table = parquet.read_row_groups(range(piece.start, piece.end), piece.columns.names, use_threads=False)
+        if piece.rows_of_groups is not None:
+            low, high = piece.rows_of_groups
+            table = table.slice(low, high - low)
         return parquet_rows(table, piece.columns, obj.source, piece.first_row, self._config)
 
     def _read_byte_range(self, piece: Piece) -> PieceRows:

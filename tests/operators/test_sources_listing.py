@@ -90,7 +90,8 @@ def test_symbolic_links_are_followed_to_files_and_a_dangling_one_is_an_error(tmp
     ("argument", "error", "message"),
     [
         ("missing", SourceError, "'{0}/missing' does not exist"),
-        ("missing/*.jsonl", SourceError, "matches nothing: looked for .parquet"),
+        ("missing/*.jsonl", SourceError, "does not exist: looked for"),
+        ("json/*.csv", SourceError, "matches nothing: looked for .parquet"),
         ("empty", SourceError, "found no files"),
         ("pictures", SourceError, "found 1 file.* other kinds, such as .*x.png"),
         ("json", SourceError, "rename .json files to .jsonl"),

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from operators.errors import ConfigError, SourceChangedError, SourceError
 from operators.schemas import REJECTS, ROWS
 from operators.sources.listing import list_sources
-from operators.sources.pieces import plan_pieces
+from operators.sources.pieces import Piece, plan_pieces
 from operators.sources.readers import PieceReader, ReadConfig
 from tests.data_paths import collection
 from tests.operators.sources_corpus import read_corpus, reasons, texts
@@ -113,13 +113,29 @@ def test_row_groups_are_grouped_into_pieces_of_consecutive_rows(tmp_path: Path) 
         *((start, start + 2, 7 * start) for start in range(0, 12, 2)),
         (12, 15, 84),  # 7 + 7 + 2 rows
     ]
-    assert len(plan_pieces(objects, ReadConfig(piece_bytes=150)).pieces({})) == 15
+    by_bytes = plan_pieces(objects, ReadConfig(piece_bytes=150)).pieces({})
+    assert {(piece.start, piece.end) for piece in by_bytes} == {(number, number + 1) for number in range(15)}
+    assert all(piece.rows_of_groups is not None for piece in by_bytes)  # each group is cut in two
     assert len(plan_pieces(objects, ReadConfig()).pieces({})) == 1
     assert plan_pieces(objects, ReadConfig()) == plan_pieces(objects, ReadConfig())
     for settings in ({"piece_rows": 20}, {"piece_rows": 1}, {"piece_bytes": 1}, {}):
         found = read_corpus([path], tmp_path / "root", **settings)
         assert found.rows["text"].to_pylist() == body
         assert found.rows["row"].to_pylist() == list(range(100))
+
+
+def test_a_row_group_of_several_pieces_is_cut_without_losing_a_row(tmp_path: Path) -> None:
+    table = pa.table({"id": [str(i) for i in range(100)], "text": [f"text {i}" for i in range(100)]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    objects = list_sources([str(tmp_path)]).objects
+    config = ReadConfig(piece_rows=30)
+    pieces = plan_pieces(objects, config).pieces({})
+    assert [piece.rows_of_groups for piece in pieces] == [(0, 25), (25, 50), (50, 75), (75, 100)]
+    assert len({piece.piece_id for piece in pieces}) == 4
+    assert [Piece.from_json(json.loads(json.dumps(piece.to_json()))) for piece in pieces] == pieces
+    cut = pa.concat_tables([PieceReader(config).read(piece).rows for piece in pieces])
+    whole = PieceReader(config).read(plan_pieces(objects, ReadConfig()).pieces({})[0]).rows
+    assert cut.equals(whole)
 
 
 def test_a_row_group_far_over_the_piece_size_is_staged(tmp_path: Path) -> None:

@@ -1,0 +1,303 @@
+"""The command line. Commands import what they need when they run, so that help is there at once.
+
+Exit codes: 0 done; 1 a bug; 2 wrong usage or settings; 3 to 10 the classes of operators/errors.py; 11 storage;
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib.metadata import version as package_version
+from typing import Annotated
+
+import typer
+
+from operators.errors import ConfigError, IntegrityError, VectormillError
+
+STORAGE_EXIT_CODE = 11
+INTERRUPTED_EXIT_CODE = 130
+# Raised by the S3 client for what s3fs does not turn into an OSError: no credentials, no such endpoint, refused calls.
+STORAGE_MODULES = ("botocore", "aiobotocore", "aiohttp")
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Turns a text corpus into a verified, searchable IVF-PQ index, on a laptop or a Ray cluster.",
+)
+
+Root = Annotated[str, typer.Argument(metavar="ROOT", help="The index: a folder or s3://bucket/name.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines; progress stays on standard error.")]
+Nprobe = Annotated[
+    int | None, typer.Option(metavar="N", help="Inverted lists to scan. Default: what the build measured.")
+]
+RefineFactor = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Candidates per hit scored again with stored vectors; 0: the codes alone."),
+]
+Model = Annotated[str | None, typer.Option(metavar="PATH", help="Where the index's model is now, if it was moved.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"vectormill {package_version('vectormill')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command("build")
+def build_command(
+    sources: Annotated[list[str], typer.Argument(metavar="SOURCE", help="Files, folders, globs or s3:// prefixes.")],
+    out: Annotated[str, typer.Option(metavar="ROOT", help="The index: a folder or s3://bucket/name.")],
+    config: Annotated[str | None, typer.Option(metavar="FILE", help="Settings: a TOML file.")] = None,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One setting; may repeat.")
+    ] = None,
+    id_column: Annotated[
+        str | None, typer.Option(metavar="C", help="Default: _id, id or doc_id, else numbered.")
+    ] = None,
+    text_column: Annotated[
+        list[str] | None, typer.Option(metavar="C", help="May repeat (title, then text). Default: title and text.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Folder or hub name. Default: all-MiniLM-L6-v2.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(metavar="N", help="Encoders. Default: as many as fit.")] = None,
+    threads_per_worker: Annotated[
+        int | None, typer.Option(metavar="T", help="CPU threads of each. Default: 1.")
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Discard the work of unfinished runs and begin anew.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on standard error.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Build an index, or go on with one that was interrupted.
+
+    SOURCE: Parquet, JSONL and CSV (plain, .gz, .zst), and text files (one document a file). Nothing is published
+    before everything was read back and checked; what was committed is never done twice.
+
+    \b
+    Example:
+      vectormill build corpus.parquet --out index --text-column title --text-column text
+      vectormill build s3://bucket/docs/ --out s3://bucket/index --set chunk.mode=truncate
+    """
+    from pipelines.cli_output import build_facts, clean_stdout, print_json, show_build
+
+    with clean_stdout():
+        from pipelines.build import build
+        from pipelines.config import load_config
+        from pipelines.progress import RunProgress
+
+        given = {
+            "read.id_column": (id_column, "--id-column"),
+            "read.text_columns": (tuple(text_column or ()) or None, "--text-column"),
+            "encode.model": (model, "--model"),
+            "encode.workers": (workers, "--workers"),
+            "encode.threads_per_worker": (threads_per_worker, "--threads-per-worker"),
+        }
+        settings = load_config(
+            config, assignments or [], {key: pair for key, pair in given.items() if pair[0] is not None}
+        )
+        result = build(sources, out, settings, fresh=fresh, progress=RunProgress(quiet=quiet))
+    facts = build_facts(result, out)
+    if as_json:
+        print_json(facts)
+    else:
+        show_build(facts)
+
+
+@app.command("search")
+def search_command(
+    root: Root,
+    questions: Annotated[list[str] | None, typer.Argument(metavar="QUESTION", help="In quotes; may repeat.")] = None,
+    k: Annotated[int, typer.Option("-k", metavar="K", help="Hits for each question.")] = 10,
+    nprobe: Nprobe = None,
+    refine_factor: RefineFactor = None,
+    queries: Annotated[
+        str | None, typer.Option(metavar="FILE", help="More questions: .txt, .jsonl or .parquet (text, optional _id).")
+    ] = None,
+    out: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write the hits to .json, .jsonl or .parquet.")
+    ] = None,
+    model: Model = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find what answers each QUESTION best.
+
+    \b
+    Example:
+      vectormill search index "how do I sort a list" -k 3
+      vectormill search index --queries questions.txt --out hits.parquet
+    """
+    from pipelines.cli_output import clean_stdout, print_json, show_results
+
+    with clean_stdout():
+        from pipelines.search import Query, check_queries, check_results_path, read_queries, search, write_results
+
+        asked = [Query(str(number), text) for number, text in enumerate(questions or [], 1)]
+        if queries is not None:
+            asked += read_queries(queries)
+        check_queries(asked)
+        if out is not None:
+            check_results_path(out)
+        results = search(root, [query.text for query in asked], k, nprobe, refine_factor, model)
+        num_hits = write_results(out, [query.query_id for query in asked], results) if out is not None else 0
+    if as_json:
+        print_json(results)
+    elif out is not None:
+        print(f"{num_hits:,} hits of {len(results):,} queries are in {out}")
+    else:
+        show_results(results)
+
+
+@app.command("eval")
+def eval_command(
+    root: Root,
+    queries: Annotated[str, typer.Option(metavar="FILE", help="Parquet with the columns _id, text.")],
+    qrels: Annotated[str, typer.Option(metavar="FILE", help="Parquet with the columns query_id, doc_id, score.")],
+    nprobe: Nprobe = None,
+    refine_factor: RefineFactor = None,
+    limit: Annotated[int | None, typer.Option(metavar="N", help="Only the first N judged queries.")] = None,
+    model: Model = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the index on judged queries.
+
+    nDCG@10 and recall@100 of documents, through the index and by exact search over the stored vectors, and recall@10
+    of the index's chunks against exact search.
+
+    \b
+    Example:
+      vectormill eval index --queries queries.parquet --qrels qrels.parquet
+    """
+    from pipelines.cli_output import clean_stdout, print_json, show_evaluation
+
+    with clean_stdout():
+        from pipelines.evaluate import evaluate
+        from pipelines.progress import RunProgress
+
+        facts = evaluate(root, queries, qrels, nprobe, refine_factor, model, limit, RunProgress())
+    if as_json:
+        print_json(facts)
+    else:
+        show_evaluation(facts)
+
+
+@app.command("info")
+def info_command(root: Root, as_json: AsJson = False) -> None:
+    """Say what is published at ROOT.
+
+    Sizes, settings, rows, segments, when and from what it was built.
+
+    \b
+    Example:
+      vectormill info index
+    """
+    from pipelines.cli_output import print_json, show_info
+    from pipelines.info import info
+
+    facts = info(root)
+    if as_json:
+        print_json(facts)
+    else:
+        show_info(facts)
+
+
+@app.command("verify")
+def verify_command(
+    root: Root,
+    version: Annotated[str | None, typer.Option(metavar="VERSION", help="Default: the published one.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read everything again and check it.
+
+    If something is damaged: a list of what is wrong, and exit code 5.
+
+    \b
+    Example:
+      vectormill verify index
+    """
+    from pipelines.cli_output import clean_stdout, print_json, show_verification
+
+    with clean_stdout():
+        from pipelines.progress import RunProgress
+        from pipelines.verify import verify
+
+        facts = verify(root, version, RunProgress())
+    if as_json:
+        print_json(facts)
+    else:
+        show_verification(facts, root)
+    if not facts["ok"]:
+        advice = "restore the objects from a copy, or build again with --fresh"
+        print(f"error: {len(facts['problems'])} problem(s) found at {root}; {advice}", file=sys.stderr)
+        raise typer.Exit(IntegrityError.exit_code)
+
+
+@app.command("demo")
+def demo_command(
+    out: Annotated[str, typer.Option(metavar="FOLDER", help="Where the corpus and its index go.")] = "demo",
+    documents: Annotated[int, typer.Option(metavar="N", help="Docstrings to index.")] = 4000,
+    as_json: AsJson = False,
+) -> None:
+    """Index real text and answer three questions.
+
+    The text is the docstrings of the installed Python packages. Takes about two minutes; run again, a few seconds.
+
+    \b
+    Example:
+      vectormill demo --out demo --documents 1000
+    """
+    from pipelines.cli_output import build_facts, clean_stdout, print_json, show_demo
+
+    with clean_stdout():
+        from pipelines.demo import demo
+        from pipelines.progress import RunProgress
+
+        shown = demo(out, documents, RunProgress())
+    if as_json:
+        print_json({"corpus": shown.corpus, "build": build_facts(shown.built, shown.root), "results": shown.results})
+    else:
+        show_demo(shown)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command and exit. A user's mistake is one line on standard error; a traceback is a bug of ours."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    sys.exit(run(given))
+
+
+def run(arguments: list[str]) -> int:
+    """Exit code of the command, whose output is on standard output and standard error."""
+    from pipelines.cli_output import fail, storage_message, usage_message
+
+    as_json = "--json" in arguments
+    try:
+        code = app(arguments, prog_name="vectormill", standalone_mode=False) or 0
+    except VectormillError as error:
+        return fail(type(error).__name__, str(error), error.exit_code, as_json)
+    except typer.exceptions.TyperException as error:  # wrong usage
+        return fail(ConfigError.__name__, usage_message(error), ConfigError.exit_code, as_json)
+    except KeyboardInterrupt:
+        code = INTERRUPTED_EXIT_CODE
+    except Exception as error:
+        if not isinstance(error, OSError) and not type(error).__module__.startswith(STORAGE_MODULES):
+            traceback.print_exc()
+            return 1
+        return fail(type(error).__name__, storage_message(error, arguments), STORAGE_EXIT_CODE, as_json)
+    if code == INTERRUPTED_EXIT_CODE:
+        print("\ninterrupted; what was committed is kept: run the same command again to resume", file=sys.stderr)
+    return int(code)
+
+
+if __name__ == "__main__":
+    main()

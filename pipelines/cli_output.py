@@ -1,0 +1,251 @@
+"""What the commands print: rich text for people, plain JSON for machines. Both on standard output."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from typer.exceptions import TyperException
+
+    from pipelines.build import BuildResult
+    from pipelines.demo import Demo
+
+TEXT_LINES = 2
+
+
+@contextmanager
+def clean_stdout() -> Iterator[None]:
+    """Send what libraries print to standard error for the block: Ray reports its workers' troubles by print()."""
+    with redirect_stdout(sys.stderr):
+        yield
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on standard output."""
+    print(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False), flush=True)
+
+
+def build_facts(result: BuildResult, root: str) -> dict[str, Any]:
+    """What `build --json` prints."""
+    manifest = result.manifest
+    return {
+        "root": root,
+        "version": manifest.version,
+        "published": result.published,
+        "ntotal": manifest.ntotal,
+        "num_docs": manifest.num_docs,
+        "rows": manifest.rows,
+        "nlist": manifest.nlist,
+        "M": manifest.M,
+        "nbits": manifest.nbits,
+        "nprobe": manifest.quality["nprobe"],
+        "recall@10": manifest.quality["recall@10"],
+        "content_digest": manifest.content_digest,
+        "pieces_encoded": result.pieces_encoded,
+        "pieces_resumed": result.pieces_resumed,
+        "seconds": result.seconds,
+    }
+
+
+def show_build(facts: dict[str, Any], next_commands: Sequence[str] = ()) -> None:
+    """Summary of a build, and what to try next."""
+    console = Console(highlight=False)
+    if facts["published"]:
+        console.print(Text(f"{facts['version']} is published at {facts['root']}", style="bold green"))
+    else:
+        console.print(
+            Text(f"{facts['root']} is up to date: {facts['version']} was built from exactly this", style="bold green")
+        )
+    table = _pairs()
+    table.add_row("documents", f"{facts['num_docs']:,} of {rows_text(facts['rows'])}")
+    table.add_row("vectors", f"{facts['ntotal']:,}")
+    table.add_row("pieces", f"{facts['pieces_encoded']} encoded, {facts['pieces_resumed']} kept from an earlier run")
+    table.add_row("index", f"nlist {facts['nlist']}, M {facts['M']}, nbits {facts['nbits']}")
+    table.add_row("recall@10", f"{facts['recall@10']:.4f} against exact search, at nprobe {facts['nprobe']}")
+    table.add_row("content_digest", facts["content_digest"])
+    table.add_row("seconds", _seconds_text(facts["seconds"]))
+    console.print(table)
+    show_next(next_commands or [f'vectormill search {shlex.quote(facts["root"])} "your question"'])
+
+
+def show_next(commands: Sequence[str]) -> None:
+    """Commands to copy, one a line."""
+    console = Console(highlight=False, soft_wrap=True)
+    console.print("try next:")
+    for command in commands:
+        console.print(Text(f"  {command}", style="cyan"))
+
+
+def rows_text(rows: dict[str, Any]) -> str:
+    """`10 rows read, 2 rejected (null_text 2), 1 dropped (no_text 1)`."""
+    parts = [f"{rows['read']:,} rows read"]
+    for outcome in ("rejected", "dropped"):
+        reasons = rows[outcome]
+        if reasons:
+            named = ", ".join(f"{reason} {count:,}" for reason, count in reasons.items())
+            parts.append(f"{sum(reasons.values()):,} {outcome} ({named})")
+    return ", ".join(parts)
+
+
+def _seconds_text(seconds: dict[str, float]) -> str:
+    stages = sorted(seconds.items(), key=lambda stage: -stage[1])
+    named = ", ".join(f"{name} {took:.1f}" for name, took in stages if took >= 0.05)
+    return f"{math.fsum(seconds.values()):.1f}" + (f" ({named})" if named else "")
+
+
+def show_results(results: Sequence[dict[str, Any]]) -> None:
+    """Each query as a heading, each hit in about three lines."""
+    console = Console(highlight=False)
+    for number, result in enumerate(results):
+        if number:
+            console.print()
+        console.print(Text(result["query"], style="bold"))
+        if not result["hits"]:
+            console.print("  no hits")
+        for hit in result["hits"]:
+            heading = Text(f"{hit['rank']:>3}  {hit['score']:.3f}  ", style="green")
+            heading.append(hit["doc_id"], style="bold cyan")
+            heading.append(f"  chunk {hit['chunk_no']}" if hit["chunk_no"] else "", style="dim")
+            console.print(heading, overflow="ellipsis", no_wrap=True)
+            text = Text(" ".join(hit["text"].split()))
+            # A little short of the full lines: words do not break at the margin.
+            text.truncate(max(20, TEXT_LINES * (console.width - 5) - 12), overflow="ellipsis")
+            console.print(Padding(text, (0, 0, 0, 5)))
+
+
+def show_evaluation(facts: dict[str, Any]) -> None:
+    """The index's numbers beside those of exact search."""
+    console = Console(highlight=False)
+    table = Table(box=None, pad_edge=False)
+    for name in ("", "nDCG@10", "recall@100"):
+        table.add_column(name, justify="left" if not name else "right")
+    table.add_row("index", f"{facts['ndcg@10']:.4f}", f"{facts['recall@100']:.4f}")
+    table.add_row("exact search", f"{facts['exact_ndcg@10']:.4f}", f"{facts['exact_recall@100']:.4f}")
+    console.print(table)
+    console.print(
+        f"recall@10 of the index against exact search, chunks: {facts['index_recall@10']:.4f}\n"
+        f"{facts['queries']:,} queries, {facts['version']}, nprobe {facts['nprobe']},"
+        f" refine_factor {facts['refine_factor']}, {facts['seconds']:.1f} s"
+    )
+    if not facts["exact_recall@100"]:
+        console.print("No judged document was found at all: are these judgements of this corpus, and by the same ids?")
+
+
+def show_info(facts: dict[str, Any]) -> None:
+    """Facts of a version as a table."""
+    console = Console(highlight=False)
+    table = _pairs()
+    table.add_row("version", facts["version"] + (f", after {facts['parent']}" if facts["parent"] else ""))
+    table.add_row("built", facts["created_at"])
+    sources = facts["sources"]
+    table.add_row(
+        "from",
+        f"{', '.join(sources['arguments'])} ({sources['num_objects']:,} objects, {bytes_text(sources['size_bytes'])})",
+    )
+    model = facts["model"]
+    table.add_row("model", f"{model['name']}, {model['precision']}, fingerprint {model['fingerprint'][:12]}")
+    table.add_row("documents", f"{facts['num_docs']:,} of {rows_text(facts['rows'])}")
+    table.add_row("ntotal", f"{facts['ntotal']:,} vectors, d {facts['d']}, metric {facts['metric']}")
+    table.add_row("index", f"nlist {facts['nlist']}, M {facts['M']}, nbits {facts['nbits']}")
+    table.add_row("size", f"{facts['bytes_per_vector']:,.0f} bytes per vector, text and vectors included")
+    table.add_row(
+        "search",
+        f"nprobe {facts['nprobe']}, refine_factor {facts['refine_factor']}: recall@10 {facts['recall@10']:.4f} against exact",
+    )
+    for segment in facts["segments"]:
+        size = bytes_text(segment["size_bytes"])
+        table.add_row(
+            "segment", f"{segment['name']}: {segment['num_rows']:,} vectors in {segment['parts']} part(s), {size}"
+        )
+    table.add_row("content_digest", facts["content_digest"])
+    console.print(table)
+
+
+def show_verification(facts: dict[str, Any], root: str) -> None:
+    """What was read, or the list of what is wrong."""
+    console = Console(highlight=False, soft_wrap=True)
+    version = facts["version"] or "the published version"
+    if facts["ok"]:
+        read = f"{facts['objects']} objects, {bytes_text(facts['bytes'])}, {facts['seconds']:.1f} s"
+        console.print(Text(f"{version} at {root} is whole ({read})", style="bold green"))
+        return
+    console.print(Text(f"{version} at {root} is damaged:", style="bold red"))
+    for problem in facts["problems"]:
+        console.print(Text(f"  - {problem}"))
+
+
+def show_demo(shown: Demo) -> None:
+    """The build's summary, three answers, and what to try next."""
+    root, corpus = shlex.quote(shown.root), shlex.quote(shown.corpus)
+    Console().print()
+    show_results(shown.results)
+    Console().print()
+    facts = build_facts(shown.built, shown.root)
+    show_build(
+        facts,
+        [
+            f'vectormill search {root} "your own question"',
+            f"vectormill info {root}",
+            f"vectormill verify {root}",
+            f"vectormill build {corpus} --out {root} --set read.piece_rows=200   # nothing is encoded twice",
+            "vectormill eval --help   # nDCG and recall on judged queries",
+        ],
+    )
+
+
+def fail(kind: str, message: str, exit_code: int, as_json: bool) -> int:
+    """`exit_code`, after one line on standard error; with --json also an object on standard output."""
+    line = " ".join(message.split())
+    print(f"error: {line}", file=sys.stderr)
+    if as_json:
+        print(json.dumps({"error": {"type": kind, "message": line, "exit_code": exit_code}}))
+    return exit_code
+
+
+def usage_message(error: TyperException) -> str:
+    """What is wrong with the command line, and whose help says how it is right."""
+    context: Any = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "vectormill"
+    return f"{error.format_message().rstrip('.')}; see {command} --help"
+
+
+def storage_message(error: Exception, arguments: Sequence[str]) -> str:
+    """What went wrong and where: the file that the error names, else the locations of the command line."""
+    places = [str(place) for name in ("filename", "filename2") if (place := getattr(error, name, None))]
+    if not places:
+        places = [argument for argument in arguments if "://" in argument]
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    where = ", ".join(places) or " ".join(arguments)
+    with contextlib.suppress(AttributeError):
+        reason = f"{reason} ({error.__cause__.response['Error']['Code']})"  # type: ignore[union-attr]
+    return (
+        f"storage failed at {where}: {reason}; check the location, the credentials and the space left, then run again"
+    )
+
+
+def bytes_text(size_bytes: float) -> str:
+    """`5.2 MB`."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size_bytes < 1000:
+            return f"{size_bytes:.1f} {unit}" if unit != "bytes" else f"{size_bytes:.0f} bytes"
+        size_bytes /= 1000
+    return f"{size_bytes:.1f} TB"
+
+
+def _pairs() -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    return table
