@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -29,9 +30,9 @@ def short_texts(count: int, model: str) -> list[str]:
     rng = np.random.default_rng(SEED)
     tokenizer = load_tokenizer(load_spec(resolve_model(model)))
     num_special = tokenizer.num_special_tokens_to_add(False)
-    documents = collect_documents(ALL_DOCUMENTS)
+    documents = _documents()
     for begin in range(0, len(documents), 512):
-        batch = [document.text for document in documents[begin : begin + 512]]
+        batch = documents[begin : begin + 512]
         for text, encoding in zip(batch, tokenizer.encode_batch(batch, add_special_tokens=False), strict=True):
             found.update(dict.fromkeys(_passages(text, encoding.offsets, num_special, rng)))
     if len(found) < count:
@@ -41,6 +42,12 @@ def short_texts(count: int, model: str) -> list[str]:
         )
     texts = list(found)
     return [texts[number] for number in rng.permutation(len(texts))[:count].tolist()]
+
+
+@functools.lru_cache(maxsize=1)
+def _documents() -> list[str]:
+    """All docstrings that there are; finding them takes seconds."""
+    return [document.text for document in collect_documents(ALL_DOCUMENTS)]
 
 
 def _passages(

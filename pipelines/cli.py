@@ -267,7 +267,7 @@ def demo_command(
     if as_json:
         print_json({"corpus": shown.corpus, "build": build_facts(shown.built, shown.root), "results": shown.results})
     else:
-        show_demo(shown)
+        show_demo(shown, out, documents)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -6,9 +6,11 @@ import contextlib
 import json
 import math
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -71,13 +73,15 @@ def show_build(facts: dict[str, Any], next_commands: Sequence[str] = ()) -> None
     table = _pairs()
     table.add_row("documents", f"{facts['num_docs']:,} of {rows_text(facts['rows'])}")
     table.add_row("vectors", f"{facts['ntotal']:,}")
-    table.add_row("pieces", f"{facts['pieces_encoded']} encoded, {facts['pieces_resumed']} kept from an earlier run")
+    if facts["published"]:
+        kept = f", {facts['pieces_resumed']} kept from an interrupted run" if facts["pieces_resumed"] else ""
+        table.add_row("pieces", f"{facts['pieces_encoded']} encoded{kept}")
     table.add_row("index", f"nlist {facts['nlist']}, M {facts['M']}, nbits {facts['nbits']}")
     table.add_row("recall@10", f"{facts['recall@10']:.4f} against exact search, at nprobe {facts['nprobe']}")
     table.add_row("content_digest", facts["content_digest"])
     table.add_row("seconds", _seconds_text(facts["seconds"]))
     console.print(table)
-    show_next(next_commands or [f'vectormill search {shlex.quote(facts["root"])} "your question"'])
+    show_next(next_commands or [f'{program()} search {shlex.quote(facts["root"])} "your question"'])
 
 
 def show_next(commands: Sequence[str]) -> None:
@@ -186,9 +190,9 @@ def show_verification(facts: dict[str, Any], root: str) -> None:
         console.print(Text(f"  - {problem}"))
 
 
-def show_demo(shown: Demo) -> None:
-    """The build's summary, three answers, and what to try next."""
-    root, corpus = shlex.quote(shown.root), shlex.quote(shown.corpus)
+def show_demo(shown: Demo, folder: str, documents: int) -> None:
+    """Three answers, the build's summary, and what to try next."""
+    root, vectormill = shlex.quote(shown.root), program()
     Console().print()
     show_results(shown.results)
     Console().print()
@@ -196,13 +200,22 @@ def show_demo(shown: Demo) -> None:
     show_build(
         facts,
         [
-            f'vectormill search {root} "your own question"',
-            f"vectormill info {root}",
-            f"vectormill verify {root}",
-            f"vectormill build {corpus} --out {root} --set read.piece_rows=200   # nothing is encoded twice",
-            "vectormill eval --help   # nDCG and recall on judged queries",
+            f'{vectormill} search {root} "your own question"',
+            f"{vectormill} info {root}",
+            f"{vectormill} verify {root}",
+            f"{vectormill} demo --out {shlex.quote(folder)} --documents {documents}   # again: nothing is encoded twice",
+            f"{vectormill} build --help   # an index of your own files",
         ],
     )
+
+
+def program() -> str:
+    """How this program can be called from here: its name if it is on the PATH, else its path."""
+    beside = Path(sys.executable).with_name("vectormill")
+    if shutil.which("vectormill") or not beside.exists():
+        return "vectormill"
+    here = Path.cwd()
+    return shlex.quote(str(beside.relative_to(here) if beside.is_relative_to(here) else beside))
 
 
 def fail(kind: str, message: str, exit_code: int, as_json: bool) -> int:

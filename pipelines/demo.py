@@ -47,7 +47,8 @@ def demo(folder: str = "demo", documents: int = 4000, progress: RunProgress | No
     with progress or RunProgress(quiet=True) as shown:
         shown.stage("collect docstrings", total=1)
         write_corpus(corpus, documents)
-        config = load_config(options={"read.piece_rows": (PIECE_ROWS, "demo")})
+        # A docstring says first what its object is for: one chunk each answers better, in half the time.
+        config = load_config(options={"read.piece_rows": (PIECE_ROWS, "demo"), "chunk.mode": ("truncate", "demo")})
         built = build([str(corpus)], root, config, progress=shown)
     results = search(root, QUESTIONS, k=HITS_PER_QUESTION)
     return Demo(str(corpus), root, built, results)
