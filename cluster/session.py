@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,6 +64,8 @@ def connect(config: ClusterConfig) -> Iterator[Session]:
         options["num_cpus"] = config.num_cpus or (os.cpu_count() or 1) + 1
         options["object_store_memory"] = config.object_store_bytes
         options["include_dashboard"] = False
+    if address:
+        _check_reachable(address)
     try:
         with _quiet_core():
             ray.init(**options)
@@ -74,6 +77,20 @@ def connect(config: ClusterConfig) -> Iterator[Session]:
         yield Session(totals.get("CPU", 0.0), totals.get("GPU", 0.0), not address)
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str, timeout_s: float = 10.0) -> None:
+    """Raise ResourceError unless something listens at host:port. Ray 2.60 tries for minutes without a word."""
+    host, separator, port = address.removeprefix("ray://").rpartition(":")
+    if not separator or not port.isdigit():
+        return  # "auto" and the like: Ray finds the address itself
+    try:
+        socket.create_connection((host, int(port)), timeout_s).close()
+    except OSError as error:
+        raise ResourceError(
+            f"could not connect to the Ray cluster at {address} (cluster.address or RAY_ADDRESS): {error};"
+            " start it, mend the address, or leave both empty to run on this machine"
+        ) from None
 
 
 @contextmanager

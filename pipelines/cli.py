@@ -17,7 +17,6 @@ import typer
 from operators.errors import ConfigError, IntegrityError, VectormillError
 
 STORAGE_EXIT_CODE = 11
-INTERRUPTED_EXIT_CODE = 130
 # Raised by the S3 client for what s3fs does not turn into an OSError: no credentials, no such endpoint, refused calls.
 STORAGE_MODULES = ("botocore", "aiobotocore", "aiohttp")
 
@@ -272,13 +271,19 @@ def demo_command(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and exit. A user's mistake is one line on standard error; a traceback is a bug of ours."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    sys.exit(run(given))
+    sys.exit(run(list(sys.argv[1:] if arguments is None else arguments)))
 
 
 def run(arguments: list[str]) -> int:
     """Exit code of the command, whose output is on standard output and standard error."""
-    from pipelines.cli_output import fail, storage_message, usage_message
+    from pipelines.cli_output import (
+        INTERRUPTED_EXIT_CODE,
+        fail,
+        interrupted,
+        is_interrupt,
+        storage_message,
+        usage_message,
+    )
 
     as_json = "--json" in arguments
     try:
@@ -287,16 +292,14 @@ def run(arguments: list[str]) -> int:
         return fail(type(error).__name__, str(error), error.exit_code, as_json)
     except typer.exceptions.TyperException as error:  # wrong usage
         return fail(ConfigError.__name__, usage_message(error), ConfigError.exit_code, as_json)
-    except KeyboardInterrupt:
-        code = INTERRUPTED_EXIT_CODE
-    except Exception as error:
+    except (KeyboardInterrupt, Exception) as error:
+        if is_interrupt(error):
+            return interrupted()
         if not isinstance(error, OSError) and not type(error).__module__.startswith(STORAGE_MODULES):
             traceback.print_exc()
             return 1
         return fail(type(error).__name__, storage_message(error, arguments), STORAGE_EXIT_CODE, as_json)
-    if code == INTERRUPTED_EXIT_CODE:
-        print("\ninterrupted; what was committed is kept: run the same command again to resume", file=sys.stderr)
-    return int(code)
+    return interrupted() if code == INTERRUPTED_EXIT_CODE else int(code)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pipelines.demo import Demo
 
 TEXT_LINES = 2
+INTERRUPTED_EXIT_CODE = 130
 
 
 @contextmanager
@@ -246,6 +247,19 @@ def storage_message(error: Exception, arguments: Sequence[str]) -> str:
     return (
         f"storage failed at {where}: {reason}; check the location, the credentials and the space left, then run again"
     )
+
+
+def is_interrupt(error: BaseException | None) -> bool:
+    """Whether the error came of Ctrl-C: a second one, in the clean-up of a lock, ends as a RuntimeError of the lock."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
+
+
+def interrupted() -> int:
+    """The exit code, after saying what is kept."""
+    print("\ninterrupted; what was committed is kept: run the same command again to resume", file=sys.stderr)
+    return INTERRUPTED_EXIT_CODE
 
 
 def bytes_text(size_bytes: float) -> str:
