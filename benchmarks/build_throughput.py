@@ -7,7 +7,8 @@ with a fresh root each time. Start-up is reported apart and is not in the steady
 beginning of the encoding stage to the first encoder with a loaded model. Both are in `ratio_whole`.
 
 Bare encoder and build take turns. Before any number is printed, every build must hold all documents, and all its
-vectors must be the bare encoder's, bit for bit. CPU only. Floor: a steady-state ratio of 0.85.
+vectors must be the bare encoder's, bit for bit. CPU only. Floor: a steady-state ratio of 0.85. `ratio_streaming` is that
+of the encoding stage alone, which is what counts for a corpus so large that the index stages vanish beside it.
 """
 
 from __future__ import annotations
@@ -98,6 +99,11 @@ class BuildRun:
         return self.whole_s - self.ray.start_s - self.first_encoder_s
 
     @property
+    def streaming_s(self) -> float:
+        """Seconds of the encoding stage from the first loaded model on."""
+        return self.encode_stage[1] - self.encode_stage[0] - self.first_encoder_s
+
+    @property
     def busy_s(self) -> float:
         """Seconds of all encoders together in their pieces."""
         return sum(encoder.busy_s for encoder in self.encoders)
@@ -157,12 +163,14 @@ def measure(
             )
     ratios = [one.seconds / other.steady_s for one, other in zip(bare, builds, strict=True)]
     whole = [one.seconds / other.whole_s for one, other in zip(bare, builds, strict=True)]
+    streaming = [one.seconds / other.streaming_s for one, other in zip(bare, builds, strict=True)]
     return {
         "benchmark": "build_throughput",
         "claim": f"steady-state documents/s of build are at least {FLOOR} of the bare encoder's",
         "ratio": spread(ratios),
         "floor": FLOOR,
         "holds": spread(ratios)["median"] >= FLOOR,
+        "ratio_streaming": spread(streaming),
         "ratio_whole": spread(whole),
         "build_docs_per_s": spread([num_documents / run.steady_s for run in builds], 1),
         "bare_docs_per_s": spread([num_documents / run.seconds for run in bare], 1),
@@ -180,10 +188,9 @@ def _round(bare: BareRun, build: BuildRun) -> dict[str, Any]:
     begins = [encoder.pieces[0][0] for encoder in build.encoders if encoder.pieces]
     ends = [encoder.pieces[-1][1] for encoder in build.encoders if encoder.pieces]
     share = build.busy_s / (len(build.encoders) * (max(ends) - min(begins)))
-    encoding_s = end - start - build.first_encoder_s
     seconds = {name: value for name, value in build.stages.items() if name != ENCODE_STAGE}
     # The session ends within the last stage before `publish`, and begins within `start Ray`.
-    steady = {"encode pieces, from the first encoder on": encoding_s, **seconds}
+    steady = {"encode pieces, from the first encoder on": build.streaming_s, **seconds}
     steady["start Ray"] -= build.ray.start_s
     steady["rest"] = build.steady_s - sum(steady.values())
     return {
@@ -218,14 +225,14 @@ def _say(text: str) -> None:
 
 def readable(report: dict[str, Any]) -> str:
     """The report for people."""
-    ratio, whole = report["ratio"], report["ratio_whole"]
+    ratio, others = report["ratio"], (report["ratio_streaming"]["median"], report["ratio_whole"]["median"])
     last = report["rounds"][-1]
     lines = [
         f"{report['documents']} documents in {report['pieces']} pieces",
         f"bare encoder      {report['bare_docs_per_s']['median']:8.1f} documents/s",
         f"build             {report['build_docs_per_s']['median']:8.1f} documents/s (steady state)",
         f"ratio             {ratio['median']:8.3f} ({ratio['min']:.3f} to {ratio['max']:.3f}), floor {FLOOR}:"
-        f" {'holds' if report['holds'] else 'MISSED'}; with start-up {whole['median']:.3f}",
+        f" {'holds' if report['holds'] else 'MISSED'}; encoding stage alone {others[0]:.3f}, with start-up {others[1]:.3f}",
         "last round, seconds of the build:",
         *(f"  {name:<42} {value:7.2f}  (apart)" for name, value in last["apart"].items()),
         *(f"  {name:<42} {v['seconds']:7.2f}  {v['share']:6.1%}" for name, v in last["steady_stages"].items()),

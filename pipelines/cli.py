@@ -108,10 +108,7 @@ def build_command(
         )
         result = build(sources, out, settings, fresh=fresh, progress=RunProgress(quiet=quiet))
     facts = build_facts(result, out)
-    if as_json:
-        print_json(facts)
-    else:
-        show_build(facts)
+    (print_json if as_json else show_build)(facts)
 
 
 @app.command("search")
@@ -171,8 +168,7 @@ def eval_command(
 ) -> None:
     """Measure the index on judged queries.
 
-    nDCG@10 and recall@100 of documents, through the index and by exact search over the stored vectors, and recall@10
-    of the index's chunks against exact search.
+    nDCG@10 and recall@100 of documents, through the index and by exact search, and recall@10 of its chunks.
 
     \b
     Example:
@@ -185,10 +181,7 @@ def eval_command(
         from pipelines.progress import RunProgress
 
         facts = evaluate(root, queries, qrels, nprobe, refine_factor, model, limit, RunProgress())
-    if as_json:
-        print_json(facts)
-    else:
-        show_evaluation(facts)
+    (print_json if as_json else show_evaluation)(facts)
 
 
 @app.command("info")
@@ -205,10 +198,7 @@ def info_command(root: Root, as_json: AsJson = False) -> None:
     from pipelines.info import info
 
     facts = info(root)
-    if as_json:
-        print_json(facts)
-    else:
-        show_info(facts)
+    (print_json if as_json else show_info)(facts)
 
 
 @app.command("verify")

@@ -235,7 +235,7 @@ def usage_message(error: TyperException) -> str:
     return f"{error.format_message().rstrip('.')}; see {command} --help"
 
 
-def storage_message(error: Exception, arguments: Sequence[str]) -> str:
+def storage_message(error: BaseException, arguments: Sequence[str]) -> str:
     """What went wrong and where: the file that the error names, else the locations of the command line."""
     places = [str(place) for name in ("filename", "filename2") if (place := getattr(error, name, None))]
     if not places:

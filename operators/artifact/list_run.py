@@ -244,7 +244,9 @@ class RunReader:
         for size in self.list_sizes_L[a:b].tolist():
             begin = position * width
             middle = begin + size * self._code_size
-            codes[position : position + size] = np.frombuffer(data[begin:middle], np.uint8).reshape(size, self._code_size)
+            codes[position : position + size] = np.frombuffer(data[begin:middle], np.uint8).reshape(
+                size, self._code_size
+            )
             row_ids[position : position + size] = np.frombuffer(data[middle : begin + size * width], "<i8")
             position += size
         list_no = np.repeat(np.arange(first, end, dtype=np.int32), self.list_sizes_L[a:b])

@@ -91,9 +91,6 @@ def _kernels_seen_by_transformers() -> bool:
 
 
 def test_an_unreachable_cluster_is_one_clear_error() -> None:
-    code = (
-        "from cluster.session import *\n"
-        "with connect(ClusterConfig(address='127.0.0.1:1')): pass\n"
-    )
+    code = "from cluster.session import *\nwith connect(ClusterConfig(address='127.0.0.1:1')): pass\n"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert "ResourceError: could not connect to the Ray cluster at 127.0.0.1:1" in done.stderr

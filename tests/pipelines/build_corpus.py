@@ -23,14 +23,18 @@ def write_corpus(path: Path, documents: list[tuple[str, str, str]], row_group_si
     return path
 
 
-def run_cli(*arguments: str, ray_address: str = "", crash_at: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
-    """`vectormill ...` in a new process, joined to the cluster; `crash_at` is VECTORMILL_CRASH_AT."""
-    variables = {**os.environ, **environment}
+def run_cli(*arguments: str, ray_address: str = "", crash_at: str = "") -> subprocess.CompletedProcess[str]:
+    """`vectormill ...` in a new process, joined to the cluster; without an address, all stages in that one process.
+
+    `crash_at` is VECTORMILL_CRASH_AT.
+    """
+    variables = {**os.environ}
     if ray_address:
         variables["RAY_ADDRESS"] = ray_address
     if crash_at:
         variables["VECTORMILL_CRASH_AT"] = crash_at
-    command = [sys.executable, "-m", "pipelines.cli", *arguments]
+    module = "pipelines.cli" if ray_address else "tests.pipelines.one_process"
+    command = [sys.executable, "-m", module, *arguments]
     return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300, check=False)
 
 
@@ -40,8 +44,10 @@ def build_arguments(sources: list[str], root: str, *settings: str, workers: int 
     return ["build", *sources, "--out", root, "--workers", str(workers), "--json", *chosen]
 
 
-def build_json(sources: list[str], root: str, *settings: str, ray_address: str, workers: int = 2, **environment: str) -> dict[str, Any]:
+def build_json(
+    sources: list[str], root: str, *settings: str, ray_address: str = "", workers: int = 2
+) -> dict[str, Any]:
     """What a successful build prints with --json."""
-    done = run_cli(*build_arguments(sources, root, *settings, workers=workers), ray_address=ray_address, **environment)
+    done = run_cli(*build_arguments(sources, root, *settings, workers=workers), ray_address=ray_address)
     assert done.returncode == 0, done.stderr
     return dict(json.loads(done.stdout))

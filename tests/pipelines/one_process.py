@@ -52,12 +52,24 @@ def _no_session(config: Any) -> Iterator[Session]:
     yield Session(num_cpus=3, num_gpus=0, started_here=True)
 
 
+def install(patch: Any = setattr) -> None:
+    """Let builds in this process run their stages here."""
+    patch(stream, "READ_BACKOFF_S", 0.0)
+    patch(build_module, "stream_pieces", stream_in_turn)
+    patch(build_module, "run_tasks", tasks_in_turn)
+    patch(build_module, "connect", _no_session)
+
+
 def build_in_one_process(
     monkeypatch: pytest.MonkeyPatch, sources: Sequence[str], root: str, *settings: str, fresh: bool = False
 ) -> BuildResult:
     """A build of small units whose stages run in this process."""
-    monkeypatch.setattr(stream, "READ_BACKOFF_S", 0.0)
-    monkeypatch.setattr(build_module, "stream_pieces", stream_in_turn)
-    monkeypatch.setattr(build_module, "run_tasks", tasks_in_turn)
-    monkeypatch.setattr(build_module, "connect", _no_session)
+    install(monkeypatch.setattr)
     return build(sources, root, load_config(None, [*SMALL_UNITS, *settings]), fresh=fresh)
+
+
+if __name__ == "__main__":  # the command line of vectormill, in one process
+    from pipelines.cli import main
+
+    install()
+    main()

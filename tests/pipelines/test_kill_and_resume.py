@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
+import s3fs
 
 from operators.artifact.manifest import open_current, read_current
+from operators.errors import FencedError
+from operators.storage.fencing import take_epoch
 from operators.storage.store import Store, open_store
+from pipelines import build as build_module
 from pipelines.demo_corpus import collect_documents
 from tests.pipelines.build_corpus import build_arguments, build_json, run_cli, write_corpus
+from tests.pipelines.one_process import build_in_one_process
 
 # In the order in which a build passes them. Each run is killed at one, the next goes on from what that left.
 CRASH_POINTS = [
@@ -41,64 +47,109 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(corpus: str, ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
-    """The build that was never interrupted, by one worker."""
-    return build_json([corpus], str(tmp_path_factory.mktemp("undisturbed")), ray_address=ray_cluster, workers=1)
+def undisturbed(corpus: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    """The build that was never interrupted, in one process without Ray: the oracle of all others."""
+    return build_json([corpus], str(tmp_path_factory.mktemp("undisturbed")))
 
 
 def committed_pieces(store: Store) -> int:
     return sum("/pieces/" in key and key.endswith(".json") for key in store.list_keys("runs"))
 
 
-@pytest.mark.parametrize("where", ["local", "s3"])
-def test_a_build_killed_again_and_again_ends_with_the_same_bytes(
-    where: str, corpus: str, undisturbed: dict[str, object], ray_cluster: str, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    root = str(tmp_path / "root") if where == "local" else request.getfixturevalue("bucket") + "/root"
-    # On S3 a choice of them: every kind of commit, and around the publish.
-    points = CRASH_POINTS if where == "local" else [CRASH_POINTS[i] for i in (1, 4, 8, 9, 13)]
+def kill_and_resume(corpus: str, root: str, points: list[str], ray_address: str) -> str:
+    """content_digest after a build that was killed at each point in turn, and run once more."""
     store = open_store(root)
     arguments = build_arguments([corpus], root)
     for point in points:
-        before = read_current(store)
-        assert before is None, f"something was published before {point}"
-        killed = run_cli(*arguments, ray_address=ray_cluster, crash_at=point)
+        assert read_current(store) is None, f"something was published before {point}"
+        killed = run_cli(*arguments, ray_address=ray_address, crash_at=point)
         assert killed.returncode == -signal.SIGKILL, f"{point} was never passed: {killed.stdout} {killed.stderr}"
-    assert open_current(store).content_digest == undisturbed["content_digest"]  # killed right after the publish
-    done = run_cli(*arguments, ray_address=ray_cluster)
+    if points[-1].startswith("publish.after"):
+        killed_digest = open_current(store).content_digest
+    done = run_cli(*arguments, ray_address=ray_address)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["content_digest"] == undisturbed["content_digest"]
+    digest = str(json.loads(done.stdout)["content_digest"])
+    if points[-1].startswith("publish.after"):
+        assert digest == killed_digest
     assert store.list_keys("runs") == []
     verified = run_cli("verify", root, "--json")
     assert verified.returncode == 0, verified.stdout
+    return digest
 
 
-def test_a_resumed_run_encodes_only_what_was_not_committed(corpus: str, ray_cluster: str, tmp_path: Path) -> None:
+def test_a_build_killed_at_every_point_ends_with_the_same_bytes(
+    corpus: str, undisturbed: dict[str, object], tmp_path: Path
+) -> None:
+    assert kill_and_resume(corpus, str(tmp_path / "root"), CRASH_POINTS, "") == undisturbed["content_digest"]
+
+
+def test_a_build_on_ray_and_s3_killed_in_workers_and_driver_ends_with_the_same_bytes(
+    corpus: str, undisturbed: dict[str, object], ray_cluster: str, bucket: str
+) -> None:
+    # Corpus and root on S3; killed in a commit task, in a training task, in a merge task, and in the driver.
+    s3fs.S3FileSystem().put_file(corpus, f"{bucket}/corpus/docs.parquet")
+    points = ["piece.before_record:1", "checkpoint.before_record:3", "part.before_record:1", "publish.before:1"]
+    digest = kill_and_resume(f"{bucket}/corpus/", f"{bucket}/root", points, ray_cluster)
+    assert digest == undisturbed["content_digest"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["local", "s3"])
+def test_a_build_on_ray_killed_at_every_point_ends_with_the_same_bytes(
+    where: str,
+    corpus: str,
+    undisturbed: dict[str, object],
+    ray_cluster: str,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:
+    root = str(tmp_path / "root") if where == "local" else request.getfixturevalue("bucket") + "/root"
+    assert kill_and_resume(corpus, root, CRASH_POINTS, ray_cluster) == undisturbed["content_digest"]
+
+
+def test_one_and_two_workers_and_other_operational_settings_give_the_same_bytes(
+    corpus: str, undisturbed: dict[str, object], ray_cluster: str, tmp_path: Path
+) -> None:
+    one = build_json([corpus], str(tmp_path / "one"), ray_address=ray_cluster, workers=1)
+    # Six shards merged three at a time, in waves.
+    settings = ("index.shard_rows=40", "index.merge_fan_in=3", "index.merge_buffer_bytes=5000")
+    two = build_json([corpus], str(tmp_path / "two"), *settings, ray_address=ray_cluster, workers=2)
+    assert one["content_digest"] == two["content_digest"] == undisturbed["content_digest"]
+    again = build_json([corpus], str(tmp_path / "two"), *settings, ray_address=ray_cluster)
+    assert (two["published"], again["published"]) == (True, False)
+    assert (again["version"], again["content_digest"]) == (two["version"], two["content_digest"])
+
+
+def test_a_resumed_run_encodes_only_what_was_not_committed(corpus: str, tmp_path: Path) -> None:
     root = str(tmp_path / "root")
-    arguments = build_arguments([corpus], root)
-    run_cli(*arguments, ray_address=ray_cluster, crash_at="piece.after_record:3")
-    committed = committed_pieces(open_store(root))
-    assert committed >= 1
-    resumed = build_json([corpus], root, ray_address=ray_cluster)
-    assert resumed["pieces_resumed"] == committed
-    assert resumed["pieces_encoded"] == 6 - committed
+    run_cli(*build_arguments([corpus], root), crash_at="piece.after_record:3")
+    assert committed_pieces(open_store(root)) == 3
+    resumed = build_json([corpus], root)
+    assert (resumed["pieces_resumed"], resumed["pieces_encoded"]) == (3, 3)
 
 
-def test_a_finished_build_run_again_does_nothing(corpus: str, undisturbed: dict[str, object], ray_cluster: str, tmp_path: Path) -> None:
+def test_changed_settings_refuse_to_resume_and_name_the_field(corpus: str, tmp_path: Path) -> None:
     root = str(tmp_path / "root")
-    first = build_json([corpus], root, ray_address=ray_cluster)
-    again = build_json([corpus], root, ray_address=ray_cluster)
-    assert first["content_digest"] == again["content_digest"] == undisturbed["content_digest"]
-    assert (first["published"], again["published"]) == (True, False)
-    assert first["version"] == again["version"]
-
-
-def test_changed_settings_refuse_to_resume_and_name_the_field(corpus: str, ray_cluster: str, tmp_path: Path) -> None:
-    root = str(tmp_path / "root")
-    run_cli(*build_arguments([corpus], root), ray_address=ray_cluster, crash_at="piece.after_record:1")
-    refused = run_cli(*build_arguments([corpus], root, "chunk.mode=truncate"), ray_address=ray_cluster)
+    run_cli(*build_arguments([corpus], root), crash_at="piece.after_record:1")
+    refused = run_cli(*build_arguments([corpus], root, "chunk.mode=truncate"))
     assert refused.returncode == 6
     assert "chunk.mode: was 'window', now 'truncate'" in refused.stderr
     assert "--fresh" in refused.stderr
-    fresh = run_cli(*build_arguments([corpus], root, "chunk.mode=truncate"), "--fresh", ray_address=ray_cluster)
+    fresh = run_cli(*build_arguments([corpus], root, "chunk.mode=truncate"), "--fresh")
     assert fresh.returncode == 0, fresh.stderr
+
+
+def test_a_build_that_lost_its_epoch_cannot_publish(
+    corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(str(tmp_path / "root"))
+    honest = build_module.write_manifest
+
+    def overtaken(*args: Any) -> str:
+        take_epoch(store, "another-run")
+        return honest(*args)
+
+    monkeypatch.setattr(build_module, "write_manifest", overtaken)
+    with pytest.raises(FencedError, match="run another-run .* took it over; nothing was published"):
+        build_in_one_process(monkeypatch, [corpus], str(tmp_path / "root"))
+    assert read_current(store) is None
