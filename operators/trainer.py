@@ -19,6 +19,7 @@ from operators import schemas
 from operators.artifact.list_run import splitmix64
 from operators.artifact.quantizer import Quantizer
 from operators.crash_points import crash_point
+from operators.errors import ConfigError
 from operators.index_config import IndexConfig, IndexSizes
 from operators.piece_store import kept_mask, read_table, vectors_of, write_table
 from operators.storage.checked import CheckedFile, put_checked
@@ -105,6 +106,11 @@ def train_quantizer(
     The coarse k-means is checkpointed after each iteration under `prefix`; a resumed training goes on from the last
     one and ends with the same bytes. Deterministic for a given number of threads.
     """
+    if not len(sample_Nd):
+        raise ConfigError(
+            f"the training sample must hold at least one row, got none: index.train_points ({sizes.train_points}) is too"
+            " small for a draw by hash; leave it at 0"
+        )
     sample = np.ascontiguousarray(sample_Nd, dtype=np.float32)
     checkpoint = _last_checkpoint(store, prefix, config.coarse_iterations, inputs)
 

@@ -22,9 +22,9 @@ from cluster.preflight import check_environment, plan_stream
 from cluster.session import Session, connect
 from cluster.stream import StreamJob, stream_pieces
 from cluster.tasks import run_tasks
-from operators.artifact.manifest import Manifest, open_current, publish, read_current, write_manifest
+from operators.artifact.manifest import CURRENT_KEY, Manifest, open_current, publish, write_manifest
 from operators.crash_points import crash_point
-from operators.errors import RejectLimitError, SourceError
+from operators.errors import IntegrityError, RejectLimitError, SourceError
 from operators.fingerprint import index_fingerprint, piece_fingerprint
 from operators.model import ModelSpec, load_spec, resolve_model
 from operators.piece_store import piece_key
@@ -99,8 +99,7 @@ def build(
         store = open_store(root)
         shown.stage("list sources")
         listing = list_sources(sources)
-        found = read_current(store)
-        current = open_current(store) if found else None
+        tag, current = _published(store, fresh)
         if current is not None and not fresh and is_up_to_date(current, listing, fingerprint):
             store.delete_tree(f"runs/{current.run_id}")
             return BuildResult(current, False, 0, 0, shown.stages)
@@ -122,9 +121,22 @@ def build(
         shown.stage("publish")
         crash_point("manifest.before")
         digest = write_manifest(store, manifest)
-        publish(store, manifest, digest, epoch, found[1] if found else None)
+        publish(store, manifest, digest, epoch, tag)
         _tidy_up(store, run, manifest)
         return BuildResult(manifest, True, encoded, len(pieces) - encoded, shown.stages)
+
+
+def _published(store: Store, fresh: bool) -> tuple[str | None, Manifest | None]:
+    """CURRENT's tag and its version. With `fresh` a damaged version is passed over: building anew is the remedy."""
+    found = store.read_tagged(CURRENT_KEY)
+    if found is None:
+        return None, None
+    try:
+        return found[1], open_current(store)
+    except IntegrityError:
+        if not fresh:
+            raise
+        return found[1], None
 
 
 def is_up_to_date(current: Manifest, listing: Listing, fingerprint: dict[str, Any]) -> bool:

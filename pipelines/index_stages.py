@@ -32,6 +32,8 @@ from operators.text_encoder import EncodeConfig, TextEncoder
 from operators.trainer import SampledRows, join_samples, sample_pieces, train_quantizer, write_queries
 
 PROBE_RECALL_K = 10
+STUCK_GAIN = 0.001  # a doubling of nprobe that gains less recall than this: the codes are the limit
+MAX_REFINE_GROWTH = 4
 
 
 @dataclass(frozen=True)
@@ -210,7 +212,7 @@ def _quantizer(store: Store, entry: ObjectEntry) -> Quantizer:
 def measure_quality(store_url: str, manifest: Manifest, config: IndexConfig, threads: Threads) -> dict[str, Any]:
     """Recall on the stored query sample, and the smallest nprobe (and refine factor) that reaches the target.
 
-    nprobe doubles until recall@10 against exact search over the stored vectors reaches `index.target_recall`. Where
+    nprobe doubles, then is bisected, until recall@10 against exact search over the stored vectors reaches `index.target_recall`. Where
     more lists no longer help, the codes are what limits it, and the refine factor doubles (up to 4 times).
     """
     threads.apply()
@@ -220,25 +222,36 @@ def measure_quality(store_url: str, manifest: Manifest, config: IndexConfig, thr
     queries = np.array(table.column("vector").to_pylist(), np.float32).reshape(table.num_rows, manifest.d)
     k = min(PROBE_RECALL_K, manifest.ntotal)
     exact = index.exact_search(queries, k).entries_Qk
-    nprobe, refine, best, curve = 1, config.refine_factor, 0.0, []
-    while True:
-        found = index.search(queries, k, nprobe=nprobe, refine_factor=refine).entries_Qk
-        recall = intersection_recall(found, exact)
-        curve.append({"nprobe": nprobe, "refine_factor": refine, "recall@10": recall})
-        if recall >= config.target_recall:
-            break
-        stuck = recall - best < 0.001 and nprobe >= 8
-        if (stuck or nprobe == manifest.nlist) and refine < 4 * config.refine_factor:
+    refine, curve = config.refine_factor, []
+
+    def recall_at(nprobe: int, refine_factor: int) -> float:
+        found = index.search(queries, k, nprobe=nprobe, refine_factor=refine_factor).entries_Qk
+        curve.append({"nprobe": nprobe, "refine_factor": refine_factor, "recall@10": intersection_recall(found, exact)})
+        return float(curve[-1]["recall@10"])
+
+    too_few, nprobe, best = 0, 1, 0.0
+    while (recall := recall_at(nprobe, refine)) < config.target_recall:
+        stuck = recall - best < STUCK_GAIN and nprobe >= 8
+        best = max(best, recall)
+        if (stuck or nprobe == manifest.nlist) and refine < MAX_REFINE_GROWTH * config.refine_factor:
             refine *= 2
         elif nprobe < manifest.nlist:
-            nprobe = min(2 * nprobe, manifest.nlist)
+            too_few, nprobe = nprobe, min(2 * nprobe, manifest.nlist)
         else:
             break
-        best = max(best, recall)
+    else:
+        # Between the last two powers of two, to an eighth: on a small index a doubling may be the whole of it.
+        while nprobe - too_few > max(1, nprobe // 8):
+            middle = (too_few + nprobe) // 2
+            recall_in_between = recall_at(middle, refine)
+            if recall_in_between >= config.target_recall:
+                nprobe, recall = middle, recall_in_between
+            else:
+                too_few = middle
     return {
         "nprobe": nprobe,
         "refine_factor": refine,
-        "recall@10": curve[-1]["recall@10"],
+        "recall@10": recall,
         "target_recall": config.target_recall,
         "queries": len(queries),
         "curve": curve,

@@ -26,6 +26,7 @@ from operators.storage.store import Store
 
 EXACT_BLOCK_ROWS = 65_536
 _CACHED_ROW_GROUPS = 256
+CACHE_BYTES = 256 << 20  # verified blocks that an open index keeps, over all parts
 
 
 @dataclass
@@ -85,8 +86,9 @@ class Index:
             )
         refs = manifest.segments[0].parts
         records = read_part_records(store, refs)
+        cache_bytes = CACHE_BYTES // (3 * max(1, len(refs)))
         self.parts = [
-            RunReader(store, ref.record_key, record.objects, record.facts)
+            RunReader(store, ref.record_key, record.objects, record.facts, cache_bytes)
             for ref, record in zip(refs, records, strict=True)
         ]
         self._first_lists = np.array([part.first_list for part in self.parts])
@@ -224,7 +226,7 @@ class Index:
         return self._row_groups[key]
 
     def doc_ids_of(self, entries: np.ndarray) -> np.ndarray:
-        """Document ids of entry numbers int64 [n], object [n]; reads only that column of the row groups touched."""
+        """Document ids of entry numbers int64 [n], object [n]."""
         unique, inverse = np.unique(entries, return_inverse=True)
         names = np.array([line["doc_id"] for line in self.rows_of(unique)], dtype=object)
         return names[inverse] if len(unique) else np.empty(0, object)

@@ -28,7 +28,7 @@ class ReadConfig:
     )
     max_text_bytes: int = semantic(1_000_000, "rows with more UTF-8 bytes of text are rejected")
     max_reject_fraction: float = operational(0.05, "the run ends when more than this fraction of the rows is rejected")
-    piece_rows: int = semantic(2048, "rows of a piece of Parquet or of a staged object")
+    piece_rows: int = semantic(1024, "rows of a piece of Parquet or of a staged object")
     piece_bytes: int = semantic(4 << 20, "uncompressed source bytes of a piece")
 
     def __post_init__(self) -> None:

@@ -105,6 +105,11 @@ def commit(store: Store, key: str, record: CommitRecord) -> CommitRecord:
             raise IntegrityError(
                 f"commit record {store.url}/{key} vanished while {record.unit} was committed; run again"
             )
+        if winner.inputs != record.inputs:
+            raise IntegrityError(
+                f"commit record {store.url}/{key} of {record.unit} was made from other inputs ({winner.inputs[:12]}) than this"
+                f" run's ({record.inputs[:12]}); delete it to build the unit again, or use --fresh"
+            )
         if winner.attempt != record.attempt:
             for entry in record.objects.values():
                 store.delete(entry.key)

@@ -40,10 +40,10 @@ CRASH_POINTS = [
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
-    documents = collect_documents(240)
-    lines = [(d.name, d.title, d.text) for d in documents]
-    lines[100] = (lines[3][0], "a duplicate id", "that the merge must leave out")
-    return str(write_corpus(tmp_path_factory.mktemp("corpus") / "docs.parquet", lines))
+    lines = [(d.name, d.title, d.text[:400]) for d in collect_documents(119)]
+    lines[50] = (lines[50][0], lines[50][1], lines[50][2] + " and so on" * 400)  # cut in windows
+    lines.insert(100, (lines[3][0], "a duplicate id", "that the merge must leave out"))
+    return str(write_corpus(tmp_path_factory.mktemp("corpus") / "docs.parquet", lines, row_group_size=20))
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_one_and_two_workers_and_other_operational_settings_give_the_same_bytes(
 ) -> None:
     one = build_json([corpus], str(tmp_path / "one"), ray_address=ray_cluster, workers=1)
     # Six shards merged three at a time, in waves.
-    settings = ("index.shard_rows=40", "index.merge_fan_in=3", "index.merge_buffer_bytes=5000")
+    settings = ("index.shard_rows=20", "index.merge_fan_in=3", "index.merge_buffer_bytes=5000")
     two = build_json([corpus], str(tmp_path / "two"), *settings, ray_address=ray_cluster, workers=2)
     assert one["content_digest"] == two["content_digest"] == undisturbed["content_digest"]
     again = build_json([corpus], str(tmp_path / "two"), *settings, ray_address=ray_cluster)

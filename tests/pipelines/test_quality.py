@@ -15,7 +15,7 @@ from tests.pipelines.one_process import build_in_one_process
 REFERENCE = {"cranfield": 0.374, "scifact": 0.645}
 COLLECTIONS = ["cranfield", pytest.param("scifact", marks=pytest.mark.slow)]
 # Default sizes of pieces and parts: these are claims about the defaults.
-DEFAULT_UNITS = ("read.piece_rows=2048", "index.shard_rows=131072", "index.part_bytes=268435456")
+DEFAULT_UNITS = ("read.piece_rows=1024", "index.shard_rows=131072", "index.part_bytes=268435456")
 
 
 def evaluated(monkeypatch: pytest.MonkeyPatch, name: str, root: Path, *settings: str) -> dict[str, Any]:
