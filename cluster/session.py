@@ -38,7 +38,7 @@ class Session:
 
     num_cpus: float
     num_gpus: float
-    started_here: bool
+    node_cpus: float  # of the largest node: what one task can ask for
 
 
 @contextmanager
@@ -74,7 +74,8 @@ def connect(config: ClusterConfig) -> Iterator[Session]:
         raise ResourceError(f"could not connect to {where}: {error}") from None
     try:
         totals = ray.cluster_resources()
-        yield Session(totals.get("CPU", 0.0), totals.get("GPU", 0.0), not address)
+        node_cpus = max(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"])
+        yield Session(totals.get("CPU", 0.0), totals.get("GPU", 0.0), node_cpus)
     finally:
         ray.shutdown()
 

@@ -6,10 +6,12 @@ A row's codes and its decoded values do not depend on the other rows of the call
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from kernels.assign import assign_nearest
 from kernels.blocks import check_finite, check_matrix, check_same_dims
@@ -38,12 +40,19 @@ def pq_train(residuals_ND: npt.NDArray[Any], M: int, nbits: int, *, seed: int, i
     if nbits not in NBITS:
         raise ValueError(f"nbits must be one of {', '.join(map(str, NBITS))}, got {nbits}")
     sub_dims = num_dims // M
-    codebooks_MKS = np.empty((M, 1 << nbits, sub_dims), np.float32)
-    for m in range(M):
+    num_threads = torch.get_num_threads()
+
+    def train_one(m: int) -> Float32Array:
+        torch.set_num_threads(1)  # of this pool thread; the products are too small to be worth splitting
         sub_NS = np.ascontiguousarray(residuals_ND[:, m * sub_dims : (m + 1) * sub_dims])
         sub_seed = int(np.random.SeedSequence([seed, m]).generate_state(1, np.uint64)[0])
-        codebooks_MKS[m] = kmeans(sub_NS, 1 << nbits, metric="l2", seed=sub_seed, iterations=iterations)
-    return codebooks_MKS
+        return kmeans(sub_NS, 1 << nbits, metric="l2", seed=sub_seed, iterations=iterations)
+
+    # Sub-quantizers side by side on one thread each; the bits do not depend on the number of threads (kmeans).
+    with ThreadPoolExecutor(num_threads) as pool:
+        codebooks = list(pool.map(train_one, range(M)))
+    torch.set_num_threads(num_threads)
+    return np.stack(codebooks)
 
 
 def pq_encode(residuals_ND: npt.NDArray[Any], codebooks_MKS: Float32Array) -> CodeArray:

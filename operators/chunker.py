@@ -99,13 +99,15 @@ class Chunker:
         assert self._tokenizer is not None
         result: list[list[Chunk]] = []
         long: dict[int, list[Span]] = {}
-        for index, encoding in enumerate(self._tokenizer.encode_batch(texts)):
+        # encode_batch_fast leaves out the offsets: only documents that do not fit need them, and are tokenized again.
+        for index, encoding in enumerate(self._tokenizer.encode_batch_fast(texts)):
             text, ids = texts[index], encoding.ids
             end = len(text)
             if self.config.mode == "truncate" and encoding.overflowing:
-                end = encoding.offsets[_content_of(encoding)[-1]][1]
+                with_offsets = self._tokenizer.encode(text)
+                end = with_offsets.offsets[_content_of(with_offsets)[-1]][1]
             if len(ids) > self.max_tokens:
-                long[index] = self._windows(text, encoding)
+                long[index] = self._windows(text, self._tokenizer.encode(text))
                 ids = []
             result.append([(0, end, np.array(ids, dtype=np.int32))] if len(ids) > self._num_special else [])
         if long:

@@ -26,7 +26,9 @@ from operators.storage.checked import CheckedFile, put_checked
 from operators.storage.commits import CommitRecord, commit, new_attempt, read_record
 from operators.storage.store import Store
 
-PQ_TRAIN_POINTS = 65_536  # 256 a centroid, faiss's max_points_per_centroid; more changes recall by less than the noise
+# 64 rows a centroid at nbits 8. On 20,000 MiniLM vectors with M 48, recall@10 of the codes alone was 0.73 with 16,384
+# rows and 8 iterations and 0.72 with all rows and 12: the refinement makes up for far more than that difference.
+PQ_TRAIN_POINTS = 16_384
 QUERY_WORDS = 12
 _QUERY_SALT = np.uint64(0x51A7E5)
 

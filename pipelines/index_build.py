@@ -46,11 +46,11 @@ def build_candidate(
     # Everything downstream is keyed by what it is made from, so work of other settings can never be mistaken for it.
     corpus = digest_of([context.fingerprint, dataclasses.asdict(sizes), [p.content() for p in pieces], row_ids.bases])
     groups = group_pieces(pieces, row_ids, config.index.shard_rows)
-    trained = _train(context, groups, sizes, ntotal, corpus)
+    trained, sampled = _train(context, groups, sizes, ntotal, corpus)
     shards = _shards(context, groups, trained, corpus)
     segment_name = f"{context.run.run_id}-{corpus[:12]}"
     parts = _parts(context, shards, trained, pieces, segment_name, corpus)
-    entries = _small_objects(context, listing, pieces, row_ids, trained, segment_name)
+    entries = _small_objects(context, listing, pieces, row_ids, sampled, segment_name)
     segment = Segment(segment_name, 0, ntotal, parts, entries["rejects"])
     manifest = _manifest(context, sources, listing, pieces, row_ids, sizes, trained, entries, segment, current)
     _verify(context, manifest)
@@ -81,7 +81,8 @@ def _members(group: list[PieceOfShard]) -> list[Any]:
 
 def _train(
     context: BuildContext, groups: list[list[PieceOfShard]], sizes: IndexSizes, ntotal: int, corpus: str
-) -> CommitRecord:
+) -> tuple[CommitRecord, CommitRecord]:
+    """Records of the trained quantizer and of the encoded query sample."""
     config, store = context.config, context.store
     prefix = f"{context.run.prefix}/train-{corpus[:16]}"
     # A few more than asked for: blank excerpts are left out, and the draw is by hash threshold, so its size varies.
@@ -94,9 +95,16 @@ def _train(
         key = f"{prefix}/sample-{number:05d}-{made_from[:12]}"
         calls.append((store.url, key, group, train_share, query_share, made_from))
     samples = context.tasks(index_stages.sample_group, calls)
-    context.progress.stage("train quantizer", total=1)
-    call = (store.url, prefix, samples, config.index, sizes, config.encode, context.spec.fingerprint, corpus)
-    return context.tasks(index_stages.train, [call], num_cpus=config.encode.threads_per_worker)[0]
+    context.progress.stage("train quantizer", total=2)
+    threads = Threads(config.index.train_threads or max(1, int(context.session.node_cpus) - 1))
+    common = (store.url, prefix, samples, config.index)
+    trainings = [
+        (index_stages.train, *common, sizes, threads, corpus),
+        (index_stages.encode_query_sample, *common, config.encode, context.spec.fingerprint, corpus),
+    ]
+    slots = [float(threads.count), float(config.encode.threads_per_worker)]
+    trained, queries = context.tasks(index_stages.side_by_side, trainings, num_cpus=slots)
+    return trained, queries
 
 
 def _shards(
@@ -189,7 +197,7 @@ def _small_objects(
     listing: Listing,
     pieces: list[CommitRecord],
     row_ids: RowIds,
-    trained: CommitRecord,
+    sampled: CommitRecord,
     segment_name: str,
 ) -> dict[str, Any]:
     """Rejects, source listing and query sample of the version, as ObjectEntry JSON."""
@@ -197,7 +205,7 @@ def _small_objects(
     prefix = f"segments/{segment_name}"
     rejects = index_stages.write_rejects(store, f"{prefix}/rejects-{attempt}.parquet", pieces, row_ids.duplicates)
     lines = "".join(json.dumps(o.to_json(), sort_keys=True) + "\n" for o in listing.objects)
-    queries = store.read(trained.objects["queries"].key)
+    queries = store.read(sampled.objects["queries"].key)
     return {
         "rejects": rejects.to_json() if rejects else None,
         "listing": put_checked(store, f"{prefix}/sources-{attempt}.jsonl", lines.encode()).to_json(),

@@ -5,7 +5,7 @@ Each opens the store by its URL, does one unit of work and commits it. All are d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,30 +106,53 @@ def train(
     samples: Sequence[CommitRecord],
     config: IndexConfig,
     sizes: IndexSizes,
-    encode: EncodeConfig,
-    model_fingerprint: str,
+    threads: Threads,
     inputs: str,
 ) -> CommitRecord:
-    """Train and commit the quantizer, and the query sample with its vectors."""
+    """Train and commit the quantizer. Its bits do not depend on the number of threads (kernels.kmeans)."""
     store = open_store(store_url)
     key = f"{prefix}/trained.json"
     done = read_record(store, key)
     if done is not None:
         check_inputs([done], [inputs])
         return done
-    Threads(encode.threads_per_worker).apply()
+    threads.apply()
     sample = join_samples([_read_sample(store, record) for record in samples])
     quantizer = train_quantizer(store, prefix, sample.vectors, config, sizes, inputs)
-    texts = [text for text in sample.query_texts if text][: config.query_sample]
-    vectors = query_encoder(encode, model_fingerprint).encode_queries(texts)
+    objects = {"quantizer": quantizer.write(store)}
+    facts = {"sample_rows": len(sample.order)}
+    return commit(store, key, CommitRecord("train quantizer", inputs, new_attempt(), objects, facts))
+
+
+def encode_query_sample(
+    store_url: str,
+    prefix: str,
+    samples: Sequence[CommitRecord],
+    config: IndexConfig,
+    encode: EncodeConfig,
+    model_fingerprint: str,
+    inputs: str,
+) -> CommitRecord:
+    """Encode and commit the queries drawn from the corpus."""
+    store = open_store(store_url)
+    key = f"{prefix}/queries.json"
+    done = read_record(store, key)
+    if done is not None:
+        check_inputs([done], [inputs])
+        return done
+    questions = [read_table(store, record.objects["questions"]) for record in samples]
+    order = np.concatenate([table.column("order").to_numpy() for table in questions])
+    texts = [text for table in questions for text in table.column("text").to_pylist()]
+    asked = [texts[i] for i in np.argsort(order, kind="stable") if texts[i]][: config.query_sample]
+    vectors = query_encoder(encode, model_fingerprint).encode_queries(asked)
     attempt = new_attempt()
-    objects = {
-        "quantizer": quantizer.write(store),
-        "queries": write_queries(store, f"{prefix}/queries-{attempt}.parquet", texts, vectors),
-    }
-    return commit(
-        store, key, CommitRecord("train quantizer", inputs, attempt, objects, {"sample_rows": len(sample.order)})
-    )
+    objects = {"queries": write_queries(store, f"{prefix}/queries-{attempt}.parquet", asked, vectors)}
+    return commit(store, key, CommitRecord("queries sample", inputs, attempt, objects))
+
+
+def side_by_side(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Task of tasks: lets different functions run in one set of parallel tasks."""
+    return function(*arguments)
 
 
 def query_encoder(encode: EncodeConfig, model_fingerprint: str) -> TextEncoder:

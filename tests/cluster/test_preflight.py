@@ -17,7 +17,7 @@ from operators.errors import ConfigError, ResourceError, SourceError
 
 def plan(cpus: float, gpus: float = 0, **sizes: int) -> object:
     wanted = {"workers": 0, "threads_per_worker": 1, "pieces_in_flight": 0, **sizes}
-    return plan_stream(Session(cpus, gpus, True), use_gpu=gpus > 0, **wanted)
+    return plan_stream(Session(cpus, gpus, cpus), use_gpu=gpus > 0, **wanted)
 
 
 def test_the_pool_leaves_a_slot_for_reading() -> None:

@@ -49,7 +49,7 @@ def tasks_in_turn(function: Any, calls: Sequence[tuple[Any, ...]], *, on_done: A
 
 @contextmanager
 def _no_session(config: Any) -> Iterator[Session]:
-    yield Session(num_cpus=3, num_gpus=0, started_here=True)
+    yield Session(num_cpus=3, num_gpus=0, node_cpus=3)
 
 
 def install(patch: Any = setattr) -> None:

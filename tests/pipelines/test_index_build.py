@@ -31,6 +31,7 @@ def context_of(store: Store, run: str, tasks: Any = None, **settings: Any) -> An
             index=IndexConfig(part_bytes=20_000, **settings), encode=SimpleNamespace(threads_per_worker=1)
         ),
         run=SimpleNamespace(prefix=run),
+        session=SimpleNamespace(node_cpus=3),
         progress=SimpleNamespace(stage=lambda *_, **__: None),
         tasks=tasks or (lambda function, calls, **_: [function(*call) for call in calls]),
     )
@@ -132,9 +133,9 @@ def test_samples_drawn_with_another_grouping_are_drawn_again(made: Version) -> N
     drawn: dict[int, list[CommitRecord]] = {}
 
     def until_trained(function: Any, calls: list[tuple[Any, ...]], **_: Any) -> list[Any]:
-        if function is index_stages.train:
-            drawn[len(drawn)] = calls[0][2]
-            return [None]
+        if function is index_stages.side_by_side:  # training and the encoding of the query sample
+            drawn[len(drawn)] = calls[0][3]
+            return [None, None]
         return [function(*call) for call in calls]
 
     sizes = SimpleNamespace(train_points=200)
