@@ -7,8 +7,9 @@ with a fresh root each time. Start-up is reported apart and is not in the steady
 beginning of the encoding stage to the first encoder with a loaded model. Both are in `ratio_whole`.
 
 Bare encoder and build take turns. Before any number is printed, every build must hold all documents, and all its
-vectors must be the bare encoder's, bit for bit. CPU only. Floor: a steady-state ratio of 0.85. `ratio_streaming` is that
-of the encoding stage alone, which is what counts for a corpus so large that the index stages vanish beside it.
+vectors must be the bare encoder's, bit for bit. CPU only. Floor: a steady-state ratio of 0.85, of the fastest rounds.
+`ratio_streaming` is that of the encoding stage alone, which is what counts for a corpus so large that the index stages
+vanish beside it.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ from pipelines.config import RunConfig, load_config
 from pipelines.progress import RunProgress
 
 FLOOR = 0.85
+# Rounds of the bare encoder that differ by more say that the machine did other work too.
+QUIET_SPREAD = 1.1
 ENCODE_STAGE = "encode pieces"
 
 
@@ -161,15 +164,19 @@ def measure(
             _say(
                 f"round {number + 1}: bare {bare[-1].seconds:.1f} s, build {builds[-1].steady_s:.1f} s in steady state"
             )
+    # What else the machine does only adds time: the fastest round of each is the nearest to a quiet machine.
+    best = min(run.seconds for run in bare) / min(run.steady_s for run in builds)
     ratios = [one.seconds / other.steady_s for one, other in zip(bare, builds, strict=True)]
     whole = [one.seconds / other.whole_s for one, other in zip(bare, builds, strict=True)]
     streaming = [one.seconds / other.streaming_s for one, other in zip(bare, builds, strict=True)]
     return {
         "benchmark": "build_throughput",
         "claim": f"steady-state documents/s of build are at least {FLOOR} of the bare encoder's",
-        "ratio": spread(ratios),
+        "ratio": round(best, 4),  # of the fastest rounds
+        "ratio_by_round": spread(ratios),
         "floor": FLOOR,
-        "holds": spread(ratios)["median"] >= FLOOR,
+        "holds": best >= FLOOR,
+        "quiet": max(run.seconds for run in bare) <= QUIET_SPREAD * min(run.seconds for run in bare),
         "ratio_streaming": spread(streaming),
         "ratio_whole": spread(whole),
         "build_docs_per_s": spread([num_documents / run.steady_s for run in builds], 1),
@@ -225,14 +232,19 @@ def _say(text: str) -> None:
 
 def readable(report: dict[str, Any]) -> str:
     """The report for people."""
-    ratio, others = report["ratio"], (report["ratio_streaming"]["median"], report["ratio_whole"]["median"])
+    rounds, others = report["ratio_by_round"], (report["ratio_streaming"]["median"], report["ratio_whole"]["median"])
     last = report["rounds"][-1]
     lines = [
         f"{report['documents']} documents in {report['pieces']} pieces",
         f"bare encoder      {report['bare_docs_per_s']['median']:8.1f} documents/s",
         f"build             {report['build_docs_per_s']['median']:8.1f} documents/s (steady state)",
-        f"ratio             {ratio['median']:8.3f} ({ratio['min']:.3f} to {ratio['max']:.3f}), floor {FLOOR}:"
+        f"ratio             {report['ratio']:8.3f} (rounds {rounds['min']:.3f} to {rounds['max']:.3f}), floor {FLOOR}:"
         f" {'holds' if report['holds'] else 'MISSED'}; encoding stage alone {others[0]:.3f}, with start-up {others[1]:.3f}",
+        *(
+            []
+            if report["quiet"]
+            else ["The machine was not quiet: rounds of the bare encoder differ by more than 10%."]
+        ),
         "last round, seconds of the build:",
         *(f"  {name:<42} {value:7.2f}  (apart)" for name, value in last["apart"].items()),
         *(f"  {name:<42} {v['seconds']:7.2f}  {v['share']:6.1%}" for name, v in last["steady_stages"].items()),

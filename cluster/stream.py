@@ -47,6 +47,7 @@ ENVELOPE = pa.schema(
         pa.field("piece", pa.string(), nullable=False),  # Piece as JSON
         pa.field("table", pa.large_binary()),  # Arrow IPC: rows, then chunks, then encoded
         pa.field("rejects", pa.large_binary()),  # Arrow IPC of schemas.REJECTS
+        pa.field("queries", pa.large_binary()),  # Arrow IPC of schemas.QUERIES, once encoded
         pa.field("facts", pa.string(), nullable=False),  # counts so far, JSON
         pa.field("error", pa.string()),  # what failed, with its kind; the rest of the row is empty then
     ]
@@ -220,16 +221,23 @@ class _EncodeStage:
         def work(piece: Piece, chunks: pa.Table, rejects: pa.Table, facts: dict[str, Any]) -> pa.Table:
             start = time.perf_counter()
             encoded = self._encoder(chunks)
+            queries = self._encoder.queries(chunks)
             facts["encode_s"] = time.perf_counter() - start
-            return _envelope(piece, encoded, rejects, facts)
+            return _envelope(piece, encoded, rejects, facts, queries)
 
         return _each_piece(batch, "encoding", work)
 
 
 def _commit(batch: pa.Table, job: StreamJob) -> pa.Table:
+    queries = {
+        piece: _unpack(packed) if packed.is_valid else None
+        for piece, packed in zip(batch.column("piece").to_pylist(), batch.column("queries"), strict=True)
+    }
+
     def work(piece: Piece, encoded: pa.Table, rejects: pa.Table, facts: dict[str, Any]) -> pa.Table:
         timings = {"encode_s": facts.pop("encode_s")}
-        done = EncodedPiece(piece.piece_id, encoded, rejects, facts.pop("num_rows_read"), facts)
+        drawn = queries[json.dumps(piece.to_json())]
+        done = EncodedPiece(piece.piece_id, encoded, rejects, facts.pop("num_rows_read"), drawn, facts)
         record = commit_piece(open_store(job.store_url), job.run_prefix, done, job.inputs)
         return _envelope(piece, None, None, {**record.facts, **timings})
 
@@ -254,8 +262,14 @@ def _each_piece(batch: pa.Table, stage: str, work: Callable[..., pa.Table]) -> p
     return pa.concat_tables(done) if done else ENVELOPE.empty_table()
 
 
-def _envelope(piece: Piece, table: pa.Table | None, rejects: pa.Table | None, facts: dict[str, Any]) -> pa.Table:
-    return _line(piece, _packed(table), _packed(rejects), facts, None)
+def _envelope(
+    piece: Piece,
+    table: pa.Table | None,
+    rejects: pa.Table | None,
+    facts: dict[str, Any],
+    queries: pa.Table | None = None,
+) -> pa.Table:
+    return _line(piece, [_packed(table), _packed(rejects), _packed(queries)], facts, None)
 
 
 def _failure(piece: Piece, stage: str, error: BaseException) -> pa.Table:
@@ -264,12 +278,12 @@ def _failure(piece: Piece, stage: str, error: BaseException) -> pa.Table:
     else:
         place = traceback.extract_tb(error.__traceback__)[-1]
         text = f"{type(error).__name__}: {_first_line(error)} (at {os.path.basename(place.filename)}:{place.lineno})"
-    return _line(piece, _packed(None), _packed(None), {}, f"{stage}: {text}")
+    return _line(piece, [_packed(None)] * 3, {}, f"{stage}: {text}")
 
 
-def _line(piece: Piece, table: pa.Array, rejects: pa.Array, facts: dict[str, Any], error: str | None) -> pa.Table:
+def _line(piece: Piece, packed: list[pa.Array], facts: dict[str, Any], error: str | None) -> pa.Table:
     texts = [pa.array([value], pa.string()) for value in (json.dumps(piece.to_json()), json.dumps(facts), error)]
-    return pa.table([texts[0], table, rejects, texts[1], texts[2]], schema=ENVELOPE)
+    return pa.table([texts[0], *packed, texts[1], texts[2]], schema=ENVELOPE)
 
 
 def _packed(table: pa.Table | None) -> pa.Array:

@@ -10,6 +10,7 @@ import pyarrow as pa
 from operators import schemas
 from operators.errors import SourceError
 from operators.model import load_spec
+from operators.query_sample import draw_queries, query_table
 from operators.text_encoder import EncodeConfig, NonFiniteVectorError, TextEncoder
 
 
@@ -55,6 +56,13 @@ class Encoder:
         column = pa.FixedSizeListArray.from_arrays(values, type=schemas.vector_type(halves.shape[1]))
         columns = [column if name == "vector" else chunks.column(name) for name in schema.names]
         return pa.table(columns, schema=schema)
+
+    def queries(self, chunks: pa.Table) -> pa.Table:
+        """The piece's share of the query sample (schemas.QUERIES), encoded as queries are."""
+        self.setup()
+        assert self._encoder is not None
+        order, texts = draw_queries(chunks)
+        return query_table(order, texts, self._encoder.encode_queries(texts))
 
 
 def _non_finite(chunks: pa.Table, index: int, detail: str) -> SourceError:

@@ -27,6 +27,7 @@ class EncodedPiece:
     encoded: pa.Table  # schemas.encoded(d)
     rejects: pa.Table  # schemas.REJECTS
     num_rows_read: int
+    queries: pa.Table | None = None  # schemas.QUERIES, the piece's share of the query sample
     facts: dict[str, Any] = field(default_factory=dict)  # tokens and the like, for reports
 
 
@@ -62,6 +63,8 @@ def commit_piece(store: Store, run_prefix: str, piece: EncodedPiece, inputs: str
     objects = {"encoded": _write_parquet(store, f"{prefix}.parquet", table)}
     if piece.rejects.num_rows:
         objects["rejects"] = _write_parquet(store, f"{prefix}.rejects.parquet", piece.rejects)
+    if piece.queries is not None and piece.queries.num_rows:
+        objects["queries"] = _write_parquet(store, f"{prefix}.queries.parquet", piece.queries)
     facts = {"num_rows_read": piece.num_rows_read, "num_docs": num_docs, "num_chunks": table.num_rows, "d": d}
     record = CommitRecord(f"piece {piece.piece_id}", inputs, attempt, objects, {**facts, **counts, **piece.facts})
     return commit(store, piece_key(run_prefix, piece.piece_id), record)

@@ -68,9 +68,10 @@ def committed(d: int) -> pa.Schema:
     return encoded(d).append(pa.field("doc_hash", pa.uint64(), nullable=False))
 
 
-# Queries drawn from the corpus when the index is trained: they measure recall and set nprobe.
+# Queries drawn from the corpus: they measure recall and set nprobe.
 QUERIES = pa.schema(
     [
+        pa.field("order", pa.uint64(), nullable=False),  # hash of the chunk it comes from: the lowest are kept
         pa.field("text", pa.large_string(), nullable=False),
         pa.field("vector", pa.list_(pa.float32()), nullable=False),
     ]

@@ -1,27 +1,24 @@
-"""The training sample, the query sample and the trained, empty index.
+"""The training sample and the trained, empty index.
 
-N vectors of d dimensions. Both samples are chosen by hash of (doc_id, chunk_no), so they are the same on any cluster.
+N vectors of d dimensions. The sample is chosen by hash of (doc_id, chunk_no), so it is the same on any cluster.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from kernels.assign import assign_nearest
 from kernels.kmeans import kmeans
 from kernels.pq import pq_train
-from operators import schemas
 from operators.artifact.list_run import splitmix64
 from operators.artifact.quantizer import Quantizer
 from operators.crash_points import crash_point
 from operators.errors import ConfigError
 from operators.index_config import IndexConfig, IndexSizes
-from operators.piece_store import kept_mask, read_table, vectors_of, write_table
+from operators.piece_store import kept_mask, read_table, vectors_of
 from operators.storage.checked import CheckedFile, put_checked
 from operators.storage.commits import CommitRecord, commit, new_attempt, read_record
 from operators.storage.store import Store
@@ -29,28 +26,23 @@ from operators.storage.store import Store
 # 64 rows a centroid at nbits 8. On 20,000 MiniLM vectors with M 48, recall@10 of the codes alone was 0.73 with 16,384
 # rows and 8 iterations and 0.72 with all rows and 12: the refinement makes up for far more than that difference.
 PQ_TRAIN_POINTS = 16_384
-QUERY_WORDS = 12
-_QUERY_SALT = np.uint64(0x51A7E5)
 
 
 @dataclass
 class SampledRows:
-    """A piece's share of the samples; `order` values decide the order in the whole sample."""
+    """A share of the training sample; `order` values decide the order in the whole."""
 
     order: np.ndarray  # uint64 [n]
     vectors: np.ndarray  # float16 [n, d]
-    query_order: np.ndarray  # uint64 [q]
-    query_texts: list[str]
 
 
 def sample_pieces(
     store: Store,
     pieces: Sequence[tuple[CommitRecord, list[int]]],
     *,
-    train_share: float,
-    query_share: float,
+    share: float,
 ) -> SampledRows:
-    """The rows of `pieces` (record, dropped documents) whose hash falls below the shares in [0, 1]."""
+    """The rows of `pieces` (record, dropped documents) whose hash falls below `share` in [0, 1]."""
     parts: list[SampledRows] = []
     for record, dropped in pieces:
         entry = record.objects["encoded"]
@@ -58,18 +50,12 @@ def sample_pieces(
         chunk_no = keys.column("chunk_no").to_numpy()
         row_hash = splitmix64(keys.column("doc_hash").to_numpy() ^ splitmix64(chunk_no.astype(np.uint64)))
         kept = kept_mask(chunk_no, dropped)
-        chosen = np.flatnonzero(kept & _below(row_hash, train_share))
-        query_hash = splitmix64(row_hash ^ _QUERY_SALT)
-        asked = np.flatnonzero(kept & _below(query_hash, query_share))
+        chosen = np.flatnonzero(kept & _below(row_hash, share))
         d = record.facts["d"]
         vectors = (
             vectors_of(read_table(store, entry, ["vector"]))[chosen] if len(chosen) else np.empty((0, d), np.float16)
         )
-        texts = (
-            read_table(store, entry, ["text"]).column("text").take(pa.array(asked)).to_pylist() if len(asked) else []
-        )
-        questions = [excerpt(text, int(seed)) for text, seed in zip(texts, query_hash[asked].tolist(), strict=True)]
-        parts.append(SampledRows(row_hash[chosen], vectors, query_hash[asked], questions))
+        parts.append(SampledRows(row_hash[chosen], vectors))
     return join_samples(parts)
 
 
@@ -77,27 +63,15 @@ def join_samples(parts: Sequence[SampledRows]) -> SampledRows:
     """Several shares as one, sorted by hash: the same whatever the order in which they came."""
     order = np.concatenate([p.order for p in parts])
     vectors = np.concatenate([p.vectors for p in parts])
-    query_order = np.concatenate([p.query_order for p in parts])
-    texts = [text for p in parts for text in p.query_texts]
     # Rows of equal hash (equal doc_id and chunk_no cannot be, hash collisions can) are ordered by their bytes.
     by_hash = np.lexsort((vectors[:, 0].view(np.uint16), order)) if len(order) else np.empty(0, np.int64)
-    by_query_hash = np.argsort(query_order, kind="stable")
-    return SampledRows(order[by_hash], vectors[by_hash], query_order[by_query_hash], [texts[i] for i in by_query_hash])
+    return SampledRows(order[by_hash], vectors[by_hash])
 
 
 def _below(hashes: np.ndarray, share: float) -> np.ndarray:
     if share >= 1:
         return np.ones(len(hashes), dtype=bool)
     return hashes < np.uint64(share * 2**64)
-
-
-def excerpt(text: str, seed: int) -> str:
-    """About as long as a question: QUERY_WORDS words of `text` from a place that `seed` decides."""
-    words = text.split()
-    if len(words) <= QUERY_WORDS:
-        return " ".join(words)
-    start = seed % (len(words) - QUERY_WORDS + 1)
-    return " ".join(words[start : start + QUERY_WORDS])
 
 
 def train_quantizer(
@@ -152,9 +126,3 @@ def _last_checkpoint(store: Store, prefix: str, iterations: int, inputs: str) ->
             data = CheckedFile(store, record.objects["centroids"]).readall()
             return iteration, np.frombuffer(data, "<f4").reshape(record.facts["shape"]).copy()
     return None
-
-
-def write_queries(store: Store, key: str, texts: list[str], vectors_Qd: np.ndarray) -> Any:
-    """Store the query sample (schemas.QUERIES); vectors float32 [Q, d]."""
-    vectors = pa.array(list(vectors_Qd.astype(np.float32)), pa.list_(pa.float32()))
-    return write_table(store, key, pa.table([pa.array(texts, pa.large_string()), vectors], schema=schemas.QUERIES))

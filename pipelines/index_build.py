@@ -16,6 +16,8 @@ from operators.artifact.verifier import check_coverage, check_manifest
 from operators.errors import IntegrityError, QualityError, SourceError
 from operators.index_config import IndexSizes, resolve_sizes
 from operators.merger import check_inputs, list_bytes, open_runs, split_lists
+from operators.piece_store import write_table
+from operators.query_sample import lowest_queries
 from operators.row_ids import RowIds
 from operators.settings import digest_of
 from operators.shard_builder import PieceOfShard
@@ -46,11 +48,11 @@ def build_candidate(
     # Everything downstream is keyed by what it is made from, so work of other settings can never be mistaken for it.
     corpus = digest_of([context.fingerprint, dataclasses.asdict(sizes), [p.content() for p in pieces], row_ids.bases])
     groups = group_pieces(pieces, row_ids, config.index.shard_rows)
-    trained, sampled = _train(context, groups, sizes, ntotal, corpus)
+    trained, samples = _train(context, groups, sizes, ntotal, corpus)
     shards = _shards(context, groups, trained, corpus)
     segment_name = f"{context.run.run_id}-{corpus[:12]}"
     parts = _parts(context, shards, trained, pieces, segment_name, corpus)
-    entries = _small_objects(context, listing, pieces, row_ids, sampled, segment_name)
+    entries = _small_objects(context, listing, pieces, row_ids, samples, segment_name)
     segment = Segment(segment_name, 0, ntotal, parts, entries["rejects"])
     manifest = _manifest(context, sources, listing, pieces, row_ids, sizes, trained, entries, segment, current)
     _verify(context, manifest)
@@ -81,30 +83,23 @@ def _members(group: list[PieceOfShard]) -> list[Any]:
 
 def _train(
     context: BuildContext, groups: list[list[PieceOfShard]], sizes: IndexSizes, ntotal: int, corpus: str
-) -> tuple[CommitRecord, CommitRecord]:
-    """Records of the trained quantizer and of the encoded query sample."""
+) -> tuple[CommitRecord, list[CommitRecord]]:
+    """Records of the trained quantizer and of the samples drawn for it and for measuring."""
     config, store = context.config, context.store
     prefix = f"{context.run.prefix}/train-{corpus[:16]}"
-    # A few more than asked for: blank excerpts are left out, and the draw is by hash threshold, so its size varies.
-    query_share = min(1.0, 1.5 * config.index.query_sample / ntotal)
     train_share = min(1.0, sizes.train_points / ntotal)
     context.progress.stage("draw samples", total=len(groups))
     calls = []
     for number, group in enumerate(groups):
         made_from = digest_of([corpus, _members(group)])
         key = f"{prefix}/sample-{number:05d}-{made_from[:12]}"
-        calls.append((store.url, key, group, train_share, query_share, made_from))
+        calls.append((store.url, key, group, train_share, config.index.query_sample, made_from))
     samples = context.tasks(index_stages.sample_group, calls)
-    context.progress.stage("train quantizer", total=2)
+    context.progress.stage("train quantizer", total=1)
     threads = Threads(config.index.train_threads or max(1, int(context.session.node_cpus) - 1))
-    common = (store.url, prefix, samples, config.index)
-    trainings = [
-        (index_stages.train, *common, sizes, threads, corpus),
-        (index_stages.encode_query_sample, *common, config.encode, context.spec.fingerprint, corpus),
-    ]
-    slots = [float(threads.count), float(config.encode.threads_per_worker)]
-    trained, queries = context.tasks(index_stages.side_by_side, trainings, num_cpus=slots)
-    return trained, queries
+    call = (store.url, prefix, samples, config.index, sizes, threads, corpus)
+    trained: CommitRecord = context.tasks(index_stages.train, [call], num_cpus=threads.count)[0]
+    return trained, samples
 
 
 def _shards(
@@ -197,7 +192,7 @@ def _small_objects(
     listing: Listing,
     pieces: list[CommitRecord],
     row_ids: RowIds,
-    sampled: CommitRecord,
+    samples: list[CommitRecord],
     segment_name: str,
 ) -> dict[str, Any]:
     """Rejects, source listing and query sample of the version, as ObjectEntry JSON."""
@@ -205,11 +200,11 @@ def _small_objects(
     prefix = f"segments/{segment_name}"
     rejects = index_stages.write_rejects(store, f"{prefix}/rejects-{attempt}.parquet", pieces, row_ids.duplicates)
     lines = "".join(json.dumps(o.to_json(), sort_keys=True) + "\n" for o in listing.objects)
-    queries = store.read(sampled.objects["queries"].key)
+    queries = lowest_queries(store, samples, context.config.index.query_sample)
     return {
         "rejects": rejects.to_json() if rejects else None,
         "listing": put_checked(store, f"{prefix}/sources-{attempt}.jsonl", lines.encode()).to_json(),
-        "queries": put_checked(store, f"{prefix}/queries-{attempt}.parquet", queries).to_json(),
+        "queries": write_table(store, f"{prefix}/queries-{attempt}.parquet", queries).to_json(),
     }
 
 

@@ -5,7 +5,7 @@ Each opens the store by its URL, does one unit of work and commits it. All are d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,13 +23,14 @@ from operators.index_config import IndexConfig, IndexSizes
 from operators.merger import check_inputs, merge_range
 from operators.model import load_spec, resolve_model
 from operators.piece_store import read_table, vectors_of, write_table
+from operators.query_sample import lowest_queries
 from operators.row_ids import RowIds, assign_row_ids
 from operators.shard_builder import PieceOfShard, build_shard
 from operators.storage.checked import ObjectEntry, write_checked
 from operators.storage.commits import CommitRecord, commit, new_attempt, read_record
 from operators.storage.store import Store, open_store
 from operators.text_encoder import EncodeConfig, TextEncoder
-from operators.trainer import SampledRows, join_samples, sample_pieces, train_quantizer, write_queries
+from operators.trainer import SampledRows, join_samples, sample_pieces, train_quantizer
 
 PROBE_RECALL_K = 10
 STUCK_GAIN = 0.001  # a doubling of nprobe that gains less recall than this: the codes are the limit
@@ -74,7 +75,7 @@ def write_rejects(store: Store, key: str, pieces: Sequence[CommitRecord], duplic
 
 
 def sample_group(
-    store_url: str, key_prefix: str, pieces: Sequence[PieceOfShard], train_share: float, query_share: float, inputs: str
+    store_url: str, key_prefix: str, pieces: Sequence[PieceOfShard], share: float, num_queries: int, inputs: str
 ) -> CommitRecord:
     """Commit a group's share of the training and the query sample."""
     store = open_store(store_url)
@@ -82,19 +83,15 @@ def sample_group(
     if done is not None:
         check_inputs([done], [inputs])
         return done
-    found = sample_pieces(
-        store, [(p.record, p.dropped_docs) for p in pieces], train_share=train_share, query_share=query_share
-    )
+    found = sample_pieces(store, [(p.record, p.dropped_docs) for p in pieces], share=share)
+    queries = lowest_queries(store, [p.record for p in pieces], num_queries)
     attempt = new_attempt()
     d = found.vectors.shape[1]
     flat = pa.array(np.ascontiguousarray(found.vectors).ravel(), pa.float16())
     rows = pa.table({"order": pa.array(found.order, pa.uint64()), "vector": pa.FixedSizeListArray.from_arrays(flat, d)})
-    questions = pa.table(
-        {"order": pa.array(found.query_order, pa.uint64()), "text": pa.array(found.query_texts, pa.large_string())}
-    )
     objects = {
         "sample": write_table(store, f"{key_prefix}-{attempt}.parquet", rows),
-        "questions": write_table(store, f"{key_prefix}-{attempt}.questions.parquet", questions),
+        "queries": write_table(store, f"{key_prefix}-{attempt}.queries.parquet", queries),
     }
     name = key_prefix.rsplit("/", 1)[1]
     return commit(store, f"{key_prefix}.json", CommitRecord(f"sample {name}", inputs, attempt, objects))
@@ -124,37 +121,6 @@ def train(
     return commit(store, key, CommitRecord("train quantizer", inputs, new_attempt(), objects, facts))
 
 
-def encode_query_sample(
-    store_url: str,
-    prefix: str,
-    samples: Sequence[CommitRecord],
-    config: IndexConfig,
-    encode: EncodeConfig,
-    model_fingerprint: str,
-    inputs: str,
-) -> CommitRecord:
-    """Encode and commit the queries drawn from the corpus."""
-    store = open_store(store_url)
-    key = f"{prefix}/queries.json"
-    done = read_record(store, key)
-    if done is not None:
-        check_inputs([done], [inputs])
-        return done
-    questions = [read_table(store, record.objects["questions"]) for record in samples]
-    order = np.concatenate([table.column("order").to_numpy() for table in questions])
-    texts = [text for table in questions for text in table.column("text").to_pylist()]
-    asked = [texts[i] for i in np.argsort(order, kind="stable") if texts[i]][: config.query_sample]
-    vectors = query_encoder(encode, model_fingerprint).encode_queries(asked)
-    attempt = new_attempt()
-    objects = {"queries": write_queries(store, f"{prefix}/queries-{attempt}.parquet", asked, vectors)}
-    return commit(store, key, CommitRecord("queries sample", inputs, attempt, objects))
-
-
-def side_by_side(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Task of tasks: lets different functions run in one set of parallel tasks."""
-    return function(*arguments)
-
-
 def query_encoder(encode: EncodeConfig, model_fingerprint: str) -> TextEncoder:
     """The corpus's encoder, for queries. Raises FingerprintError when the model at hand is another one."""
     spec = load_spec(resolve_model(encode.model), encode.pooling)
@@ -168,13 +134,7 @@ def query_encoder(encode: EncodeConfig, model_fingerprint: str) -> TextEncoder:
 
 def _read_sample(store: Store, record: CommitRecord) -> SampledRows:
     rows = read_table(store, record.objects["sample"])
-    questions = read_table(store, record.objects["questions"])
-    return SampledRows(
-        rows.column("order").to_numpy(),
-        vectors_of(rows),
-        questions.column("order").to_numpy(),
-        questions.column("text").to_pylist(),
-    )
+    return SampledRows(rows.column("order").to_numpy(), vectors_of(rows))
 
 
 def shard(

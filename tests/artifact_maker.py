@@ -35,13 +35,13 @@ from operators.artifact.manifest import publish as publish_manifest
 from operators.artifact.quantizer import Quantizer
 from operators.merger import merge_range, open_runs, split_lists
 from operators.piece_store import EncodedPiece, commit_piece, write_table
+from operators.query_sample import query_table
 from operators.row_ids import RowIds, assign_row_ids
 from operators.shard_builder import PieceOfShard, build_shard
 from operators.storage.checked import ObjectEntry, put_checked
 from operators.storage.commits import CommitRecord
 from operators.storage.fencing import take_epoch
 from operators.storage.store import Store, open_store
-from operators.trainer import write_queries
 
 RUN = "runs/test"
 WORDS = ["wing", "flow", "heat", "shock", "боundary", "層", "plate", "drag", "lift", "jet", "nozzle", "wake"]
@@ -250,9 +250,9 @@ def make_manifest(
     entry = quantizer.write(store)
     rejects = write_table(store, f"{segment}/rejects.parquet", reject_lines(["empty_text", "not_utf8"]))
     listing = put_checked(store, f"{segment}/sources.jsonl", json.dumps({"source": "a.csv"}).encode() + b"\n")
-    queries = write_queries(
-        store, f"{segment}/queries.parquet", [f"question {i}" for i in range(len(corpus.queries_Qd))], corpus.queries_Qd
-    )
+    numbers = np.arange(len(corpus.queries_Qd), dtype=np.uint64)
+    drawn = query_table(numbers, [f"question {i}" for i in numbers], corpus.queries_Qd)
+    queries = write_table(store, f"{segment}/queries.parquet", drawn)
     ntotal = sum(rows.counts)
     base = Segment(segment.removeprefix("segments/"), 0, ntotal, parts, rejects.to_json())
     sources: dict[str, Any] = {

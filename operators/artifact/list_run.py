@@ -12,6 +12,7 @@ import io
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -261,10 +262,15 @@ class RunReader:
     def gather_vectors(self, positions: np.ndarray) -> np.ndarray:
         """Vectors of the entries `positions` int64 [n] in any order, float16 [n, d]; neighbours share reads."""
         order = np.argsort(positions, kind="stable")
+        ascending = positions[order]
         out = np.empty((len(positions), self._d), np.float16)
-        for k in order.tolist():
-            position = int(positions[k])
-            out[k] = self.read_vectors(position, position + 1)[0]
+        # Entries of about the same block are read together: what lies between them is fetched and checked anyway.
+        group = ascending * (2 * self._d) // self._vectors.entry.block_bytes
+        bounds = np.concatenate([[0], np.flatnonzero(np.diff(group)) + 1, [len(positions)]]).tolist()
+        for begin, end in pairwise(bounds):
+            if begin < end:
+                low, high = int(ascending[begin]), int(ascending[end - 1]) + 1
+                out[order[begin:end]] = self.read_vectors(low, high)[ascending[begin:end] - low]
         return out
 
     def read_rows(self, lo: int, hi: int, columns: list[str] | None = None) -> pa.Table:

@@ -12,9 +12,10 @@ from operators import trainer
 from operators.artifact.quantizer import read_quantizer
 from operators.errors import IntegrityError
 from operators.index_config import IndexConfig, IndexSizes
+from operators.query_sample import QUERY_WORDS, excerpt
 from operators.storage.commits import CommitRecord, read_record
 from operators.storage.store import Store, open_store
-from operators.trainer import QUERY_WORDS, SampledRows, excerpt, join_samples, sample_pieces, train_quantizer
+from operators.trainer import SampledRows, join_samples, sample_pieces, train_quantizer
 from tests.artifact_maker import commit_corpus, flip_bit, make_corpus
 
 NUM_PIECES = 6
@@ -33,8 +34,6 @@ def pieces(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, list[tuple[
 def assert_same(found: SampledRows, expected: SampledRows) -> None:
     assert np.array_equal(found.order, expected.order)
     assert np.array_equal(found.vectors.view(np.uint16), expected.vectors.view(np.uint16))
-    assert np.array_equal(found.query_order, expected.query_order)
-    assert found.query_texts == expected.query_texts
 
 
 @settings(max_examples=12)
@@ -43,12 +42,9 @@ def test_samples_do_not_depend_on_how_pieces_are_grouped(
     pieces: tuple[Store, list[tuple[CommitRecord, list[int]]]], cuts: list[int], share: float
 ) -> None:
     store, records = pieces
-    whole = sample_pieces(store, records, train_share=share, query_share=0.2)
+    whole = sample_pieces(store, records, share=share)
     bounds = sorted({0, NUM_PIECES, *cuts})
-    groups = [
-        sample_pieces(store, records[lo:hi], train_share=share, query_share=0.2)
-        for lo, hi in itertools.pairwise(bounds)
-    ]
+    groups = [sample_pieces(store, records[lo:hi], share=share) for lo, hi in itertools.pairwise(bounds)]
     assert_same(join_samples(groups), whole)
     assert_same(join_samples(groups[::-1]), whole)
 
@@ -59,35 +55,32 @@ def test_samples_are_of_the_size_asked_for_and_a_larger_one_holds_a_smaller(
     store, records = pieces
     sizes = {}
     for share in (0.0, 0.25, 0.5, 1.0):
-        found = sample_pieces(store, records, train_share=share, query_share=share)
-        sizes[share] = (set(found.order.tolist()), set(found.query_texts))
+        found = sample_pieces(store, records, share=share)
+        sizes[share] = set(found.order.tolist())
         assert len(found.order) == len(found.vectors)
-        assert len(found.query_order) == len(found.query_texts)
         assert (found.order[1:] > found.order[:-1]).all()
     dropped = [67, 70, *range(268, 288)]  # of 67, 67, 67, 67, 66, 66 documents a piece
     everything = sum(1 + i % 3 for i in range(400) if i not in dropped)
-    assert len(sizes[1.0][0]) == everything
-    assert sizes[0.0] == (set(), set())
+    assert len(sizes[1.0]) == everything
+    assert sizes[0.0] == set()
     for small, large in ((0.25, 0.5), (0.5, 1.0)):
-        assert sizes[small][0] < sizes[large][0]
-        assert sizes[small][1] < sizes[large][1]
+        assert sizes[small] < sizes[large]
     # Four standard deviations of a binomial draw of about 760 rows.
-    assert abs(len(sizes[0.5][0]) - everything / 2) < 4 * np.sqrt(everything) / 2
+    assert abs(len(sizes[0.5]) - everything / 2) < 4 * np.sqrt(everything) / 2
 
 
 def test_dropped_documents_are_in_no_sample(pieces: tuple[Store, list[tuple[CommitRecord, list[int]]]]) -> None:
     store, records = pieces
     record = records[2][0]
-    whole = sample_pieces(store, [(record, [])], train_share=1.0, query_share=1.0)
-    less = sample_pieces(store, [(record, [1])], train_share=1.0, query_share=1.0)
+    whole = sample_pieces(store, [(record, [])], share=1.0)
+    less = sample_pieces(store, [(record, [1])], share=1.0)
     lost = {tuple(v) for v in whole.vectors.tolist()} - {tuple(v) for v in less.vectors.tolist()}
     assert 1 <= len(lost) <= 3
     assert len(less.order) == len(whole.order) - len(lost)
-    assert len(set(whole.query_texts) - set(less.query_texts)) == len(lost)
 
 
 def sample_of(store: Store, records: list[tuple[CommitRecord, list[int]]]) -> np.ndarray:
-    return sample_pieces(store, records, train_share=1.0, query_share=0.0).vectors
+    return sample_pieces(store, records, share=1.0).vectors
 
 
 @pytest.mark.parametrize("metric", ["ip", "l2"])

@@ -133,9 +133,9 @@ def test_samples_drawn_with_another_grouping_are_drawn_again(made: Version) -> N
     drawn: dict[int, list[CommitRecord]] = {}
 
     def until_trained(function: Any, calls: list[tuple[Any, ...]], **_: Any) -> list[Any]:
-        if function is index_stages.side_by_side:  # training and the encoding of the query sample
-            drawn[len(drawn)] = calls[0][3]
-            return [None, None]
+        if function is index_stages.train:
+            drawn[len(drawn)] = calls[0][2]
+            return [None]
         return [function(*call) for call in calls]
 
     sizes = SimpleNamespace(train_points=200)
@@ -152,4 +152,3 @@ def test_samples_drawn_with_another_grouping_are_drawn_again(made: Version) -> N
     for sample in samples[1:]:
         assert np.array_equal(sample.order, samples[0].order)
         assert np.array_equal(sample.vectors, samples[0].vectors)
-        assert sample.query_texts == samples[0].query_texts
