@@ -1,4 +1,4 @@
-"""The encoder without a pipeline: ready-made token ids in memory, the same pieces, the same number of processes.
+"""The encoder without a pipeline: texts in memory in, vectors out; the same pieces, the same number of processes.
 
 What a build is measured against. Pieces are handed out one by one to whichever process is free, as an actor pool does.
 """
@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from operators.chunker import ChunkConfig, Chunker
@@ -41,28 +40,25 @@ class BareRun:
     busy_s: float
 
 
-def write_pieces(source: str, folder: Path, read: ReadConfig, chunk: ChunkConfig, encode: EncodeConfig) -> list[Path]:
-    """Arrow files with the chunks and token ids of the pieces of `source`, in source order."""
+def write_pieces(source: str, folder: Path, read: ReadConfig) -> list[Path]:
+    """Arrow files with the rows (texts) of the pieces of `source`, in source order."""
     folder.mkdir(parents=True, exist_ok=True)
-    chunker = Chunker(chunk, resolve_model(encode.model), encode.pooling)
     reader = PieceReader(read)
     files = []
     for number, piece in enumerate(plan_pieces(list_sources([source]).objects, read).pieces({})):
-        chunks, _ = chunker(reader.read(piece).rows)
         files.append(folder / f"{number:05d}.arrow")
-        with pa.OSFile(str(files[-1]), "wb") as file, pa.ipc.new_file(file, chunks.schema) as writer:
-            writer.write_table(chunks)
+        _write(files[-1], reader.read(piece).rows)
     return files
 
 
-def run_bare(files: list[Path], encode: EncodeConfig, workers: int) -> BareRun:
-    """Encode all pieces by `workers` processes; vectors are left beside the files as .npy (see `bare_vectors`).
+def run_bare(files: list[Path], chunk: ChunkConfig, encode: EncodeConfig, workers: int) -> BareRun:
+    """Tokenize and encode all pieces by `workers` processes; vectors are left beside the files (see `bare_vectors`).
 
-    Not timed: start of the processes, loading of model and pieces, writing of the vectors.
+    Not timed: start of the processes, loading of tokenizer, model and pieces, writing of the vectors.
     """
     context = multiprocessing.get_context("spawn")
     barrier, following, results = context.Barrier(workers), context.Value("l", 0), context.Queue()
-    arguments = (files, encode, barrier, following, results)
+    arguments = (files, chunk, encode, barrier, following, results)
     processes = [context.Process(target=_work, args=arguments, daemon=True) for _ in range(workers)]
     for process in processes:
         process.start()
@@ -87,9 +83,13 @@ def _next_result(results: Any, processes: list[Any]) -> tuple[float, float, floa
     raise RuntimeError(f"a process of the bare encoder ended with {failed}" if failed else "the bare encoder hangs")
 
 
-def _work(files: list[Path], encode: EncodeConfig, barrier: Any, following: Any, results: Any) -> None:
+def _work(
+    files: list[Path], chunk: ChunkConfig, encode: EncodeConfig, barrier: Any, following: Any, results: Any
+) -> None:
     os.nice(max(0, int(os.environ.get(RAY_NICENESS_VARIABLE, RAY_NICENESS)) - os.nice(0)))
-    encoder = Encoder(encode, resolve_model(encode.model))
+    model = resolve_model(encode.model)
+    chunker, encoder = Chunker(chunk, model, encode.pooling), Encoder(encode, model)
+    chunker.setup()
     encoder.setup()
     pieces = [_read(file) for file in files]
     done: dict[int, pa.Table] = {}
@@ -102,13 +102,19 @@ def _work(files: list[Path], encode: EncodeConfig, barrier: Any, following: Any,
             following.value += 1
         if number >= len(pieces):
             break
+        chunks, _ = chunker(pieces[number])
         started = time.monotonic()
-        done[number] = encoder(pieces[number])
+        done[number] = encoder(chunks)
         busy += time.monotonic() - started
     end = time.monotonic()
     for number, table in done.items():
-        np.save(files[number].with_suffix(".npy"), vectors_of(table))
+        _write(files[number].with_suffix(".encoded"), table)
     results.put((begin, end, busy))
+
+
+def _write(file: Path, table: pa.Table) -> None:
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
 
 
 def _read(file: Path) -> pa.Table:
@@ -120,7 +126,8 @@ def bare_vectors(files: list[Path]) -> dict[tuple[str, int], bytes]:
     """(doc_id, chunk_no) -> the bytes of its float16 vector, as the last `run_bare` made them."""
     found: dict[tuple[str, int], bytes] = {}
     for file in files:
-        chunks, vectors = _read(file), np.load(file.with_suffix(".npy"))
-        names = zip(chunks.column("doc_id").to_pylist(), chunks.column("chunk_no").to_pylist(), strict=True)
+        encoded = _read(file.with_suffix(".encoded"))
+        vectors = vectors_of(encoded)
+        names = zip(encoded.column("doc_id").to_pylist(), encoded.column("chunk_no").to_pylist(), strict=True)
         found |= {name: vector.tobytes() for name, vector in zip(names, vectors, strict=True)}
     return found

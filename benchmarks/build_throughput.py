@@ -1,10 +1,10 @@
 """Shows what the pipeline costs: documents/s of a whole build against the bare encoder, same texts, same threads, same run.
 
-Bare encoder: the same class, model, precision and batch budget, fed ready-made token ids of the same pieces, in as many
-processes of as many threads as the build's pool; model load not timed. Build: everything from listing the sources to the
+Bare encoder: texts in memory in, vectors out, by the same tokenizer and encoder classes, model, precision, batch budget and
+pieces, in as many processes of as many threads as the build's pool; loading the model is not timed. Build: everything from listing the sources to the
 published version (reading, tokenizing, encoding, commits, training, shards, merge, verification, measuring recall),
-with a fresh root each time. Start-up is reported apart and is not in the steady state: start of Ray, and from the
-beginning of the encoding stage to the first encoder with a loaded model. Both are in `ratio_whole`.
+with a fresh root each time. Start-up is reported apart and is not in the steady state: start and end of Ray, and from the
+beginning of the encoding stage to the first encoder with a loaded model. All are in `ratio_whole`.
 
 Bare encoder and build take turns. Before any number is printed, every build must hold all documents, and all its
 vectors must be the bare encoder's, bit for bit. CPU only. Floor: a steady-state ratio of 0.85, of the fastest rounds.
@@ -99,7 +99,7 @@ class BuildRun:
     @property
     def steady_s(self) -> float:
         """Seconds without start-up."""
-        return self.whole_s - self.ray.start_s - self.first_encoder_s
+        return self.whole_s - self.ray.start_s - self.ray.stop_s - self.first_encoder_s
 
     @property
     def streaming_s(self) -> float:
@@ -155,9 +155,9 @@ def measure(
         source, root = Path(folder) / "corpus.parquet", Path(folder) / "root"
         texts = short_texts(num_documents, config.encode.model)
         write_corpus(source, texts, num_documents, piece_rows)
-        files = write_pieces(str(source), Path(folder) / "pieces", config.read, config.chunk, config.encode)
+        files = write_pieces(str(source), Path(folder) / "pieces", config.read)
         for number in range(rounds):
-            bare.append(run_bare(files, config.encode, workers))
+            bare.append(run_bare(files, config.chunk, config.encode, workers))
             builds.append(run_build(str(source), root, config))
             check_build(root, num_documents, bare_vectors(files))
             shutil.rmtree(root)
@@ -196,9 +196,10 @@ def _round(bare: BareRun, build: BuildRun) -> dict[str, Any]:
     ends = [encoder.pieces[-1][1] for encoder in build.encoders if encoder.pieces]
     share = build.busy_s / (len(build.encoders) * (max(ends) - min(begins)))
     seconds = {name: value for name, value in build.stages.items() if name != ENCODE_STAGE}
-    # The session ends within the last stage before `publish`, and begins within `start Ray`.
+    # The session begins within the stage `start Ray` and ends after the version is published, within `publish`.
     steady = {"encode pieces, from the first encoder on": build.streaming_s, **seconds}
     steady["start Ray"] -= build.ray.start_s
+    steady["publish"] -= build.ray.stop_s
     steady["rest"] = build.steady_s - sum(steady.values())
     return {
         "bare_s": round(bare.seconds, 3),
@@ -208,8 +209,8 @@ def _round(bare: BareRun, build: BuildRun) -> dict[str, Any]:
         "apart": {
             "start_ray_s": round(build.ray.start_s, 3),
             "first_encoder_ready_s": round(build.first_encoder_s, 3),
+            "stop_ray_s": round(build.ray.stop_s, 3),
         },
-        "stop_ray_s": round(build.ray.stop_s, 3),  # part of the steady state, in the stage that ran last under Ray
         "steady_stages": {
             name: {"seconds": round(value, 3), "share": round(value / build.steady_s, 4)}
             for name, value in steady.items()

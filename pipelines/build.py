@@ -118,11 +118,11 @@ def build(
             records, encoded = _stream(context, pieces, unreadable)
             _check_rejects(context, records)
             manifest = build_candidate(context, listing, list(sources), records, current)
-        shown.stage("publish")
-        crash_point("manifest.before")
-        digest = write_manifest(store, manifest)
-        publish(store, manifest, digest, epoch, tag)
-        _tidy_up(store, run, manifest)
+            shown.stage("publish")
+            crash_point("manifest.before")
+            digest = write_manifest(store, manifest)
+            publish(store, manifest, digest, epoch, tag)
+            _tidy_up(store, run, manifest)
         return BuildResult(manifest, True, encoded, len(pieces) - encoded, shown.stages)
 
 
