@@ -24,6 +24,7 @@ class IndexConfig:
     train_points: int = semantic(0, "training sample; 0: max(100 nlist, 65536), at most all")
     coarse_iterations: int = semantic(10, "iterations of the coarse k-means")
     pq_iterations: int = semantic(8, "iterations of the k-means of each sub-quantizer")
+    checkpoint_s: float = operational(5.0, "least seconds between checkpoints of training; 0: after each iteration")
     train_threads: int = operational(0, "CPU threads of training; 0: all CPU slots of a node but one")
     refine_factor: int = semantic(10, "candidates per wanted hit that are scored again with the stored vectors")
     query_sample: int = semantic(256, "queries drawn from the corpus to measure recall and choose nprobe")
@@ -50,6 +51,7 @@ class IndexConfig:
             ("merge_buffer_bytes", self.merge_buffer_bytes >= 1, "at least 1"),
             ("coarse_iterations", self.coarse_iterations >= 1, "at least 1"),
             ("pq_iterations", self.pq_iterations >= 1, "at least 1"),
+            ("checkpoint_s", self.checkpoint_s >= 0, "at least 0"),
             ("train_threads", self.train_threads >= 0, "at least 1, or 0 for all CPU slots of a node but one"),
             ("train_points", self.train_points >= 0, "at least 1, or 0 for a size chosen from nlist"),
         ]

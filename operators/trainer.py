@@ -5,6 +5,7 @@ N vectors of d dimensions. The sample is chosen by hash of (doc_id, chunk_no), s
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -61,6 +62,7 @@ def sample_pieces(
 
 def join_samples(parts: Sequence[SampledRows]) -> SampledRows:
     """Several shares as one, sorted by hash: the same whatever the order in which they came."""
+    parts = [p for p in parts if len(p.order)] or list(parts[:1])
     order = np.concatenate([p.order for p in parts])
     vectors = np.concatenate([p.vectors for p in parts])
     # Rows of equal hash (equal doc_id and chunk_no cannot be, hash collisions can) are ordered by their bytes.
@@ -79,7 +81,7 @@ def train_quantizer(
 ) -> Quantizer:
     """Centroids and codebooks from the sample float16 or float32 [N, d].
 
-    The coarse k-means is checkpointed after each iteration under `prefix`; a resumed training goes on from the last
+    The coarse k-means is checkpointed under `prefix`, at most every `index.checkpoint_s` seconds; a resumed training goes on from the last
     one and ends with the same bytes. Deterministic for a given number of threads.
     """
     if not len(sample_Nd):
@@ -90,9 +92,15 @@ def train_quantizer(
     sample = np.ascontiguousarray(sample_Nd, dtype=np.float32)
     checkpoint = _last_checkpoint(store, prefix, config.coarse_iterations, inputs)
 
+    saved_at = time.monotonic()
+
     def save(iteration: int, centroids_KD: np.ndarray) -> None:
+        nonlocal saved_at
+        if time.monotonic() - saved_at < config.checkpoint_s:
+            return
         key = _checkpoint_key(prefix, iteration)
         attempt = new_attempt()
+        saved_at = time.monotonic()
         entry = put_checked(store, f"{key}-{attempt}.f32", np.ascontiguousarray(centroids_KD, "<f4").tobytes())
         facts = {"shape": list(centroids_KD.shape)}
         commit(

@@ -19,7 +19,7 @@ from operators.trainer import SampledRows, join_samples, sample_pieces, train_qu
 from tests.artifact_maker import commit_corpus, flip_bit, make_corpus
 
 NUM_PIECES = 6
-CONFIG = IndexConfig(metric="ip", coarse_iterations=4, pq_iterations=2, seed=3)
+CONFIG = IndexConfig(metric="ip", coarse_iterations=4, pq_iterations=2, seed=3, checkpoint_s=0)
 SIZES = IndexSizes(d=16, nlist=8, M=4, nbits=4, train_points=500)
 
 
@@ -90,7 +90,7 @@ def test_training_resumed_from_any_checkpoint_gives_the_same_bytes(
     monkeypatch: pytest.MonkeyPatch,
     metric: str,
 ) -> None:
-    config = IndexConfig(metric=metric, coarse_iterations=4, pq_iterations=2, seed=3)
+    config = IndexConfig(metric=metric, coarse_iterations=4, pq_iterations=2, seed=3, checkpoint_s=0)
     sample = sample_of(*pieces)
     whole = train_quantizer(open_store(str(tmp_path / "whole")), "t", sample, config, SIZES, "corpus")
     iterations: list[int] = []

@@ -13,7 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 # Small pieces, shards and parts, so that a small corpus takes every path of a large one.
-SMALL_UNITS = ("read.piece_rows=20", "index.shard_rows=40", "index.part_bytes=20000", "index.merge_buffer_bytes=8000")
+SMALL_UNITS = (
+    "read.piece_rows=20",
+    "index.shard_rows=40",
+    "index.part_bytes=20000",
+    "index.merge_buffer_bytes=8000",
+    "index.checkpoint_s=0",
+)
 
 
 def write_corpus(path: Path, documents: list[tuple[str, str, str]], row_group_size: int = 40) -> Path:
