@@ -24,7 +24,7 @@ from cluster.stream import StreamJob, stream_pieces
 from cluster.tasks import run_tasks
 from operators.artifact.manifest import CURRENT_KEY, Manifest, open_current, publish, write_manifest
 from operators.crash_points import crash_point
-from operators.errors import IntegrityError, RejectLimitError, SourceError
+from operators.errors import ConfigError, IntegrityError, RejectLimitError, SourceError
 from operators.fingerprint import index_fingerprint, piece_fingerprint
 from operators.model import ModelSpec, load_spec, resolve_model
 from operators.piece_store import piece_key
@@ -34,6 +34,7 @@ from operators.sources.pieces import Piece, plan_pieces
 from operators.sources.staging import stage_object
 from operators.storage.commits import CommitRecord, read_record
 from operators.storage.fencing import Epoch, take_epoch
+from operators.storage.filesystem import filesystem_for
 from operators.storage.store import Store, open_store
 from operators.text_encoder import resolve_device, resolve_precision
 from pipelines.config import RunConfig
@@ -97,6 +98,7 @@ def build(
         pieces_of = piece_fingerprint(config.semantic("read", "chunk", "encode"), spec.fingerprint)
         fingerprint = index_fingerprint(pieces_of, config.semantic("index"))
         store = open_store(root)
+        _refuse_root_among_sources(sources, root)
         shown.stage("list sources")
         listing = list_sources(sources)
         tag, current = _published(store, fresh)
@@ -124,6 +126,18 @@ def build(
             publish(store, manifest, digest, epoch, tag)
             _tidy_up(store, run, manifest)
         return BuildResult(manifest, True, encoded, len(pieces) - encoded, shown.stages)
+
+
+def _refuse_root_among_sources(sources: Sequence[str], root: str) -> None:
+    """Raise ConfigError for a root below a SOURCE folder: the index's own objects would be read as documents."""
+    place = (filesystem_for(root)[1] + "/").removeprefix("/")
+    for source in sources:
+        folder = filesystem_for(source)[1].rstrip("/").removeprefix("/") + "/"
+        if place.startswith(folder) and ("://" in root) == ("://" in source):
+            raise ConfigError(
+                f"the index root must not lie in a SOURCE folder, got --out {root!r} below SOURCE {source!r}: the next build"
+                " would read the index's own files as documents; put it beside the corpus"
+            )
 
 
 def _published(store: Store, fresh: bool) -> tuple[str | None, Manifest | None]:

@@ -59,7 +59,7 @@ def begin_or_resume(store: Store, fingerprint: dict[str, Any], sources: list[str
 
 
 def discard_unfinished(store: Store) -> None:
-    """Delete the work of all runs and the segments that no version names yet (--fresh, after taking the epoch)."""
+    """Delete the work of all runs (--fresh, after taking the epoch)."""
     for run in unfinished_runs(store):
         store.delete_tree(run.prefix)
 

@@ -178,6 +178,12 @@ def test_a_corpus_without_a_usable_text_is_refused(run: Any, folder: Path, tmp_p
     assert_nothing_published(tmp_path)
 
 
+def test_a_root_inside_the_corpus_is_refused(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    with pytest.raises(ConfigError, match="must not lie in a SOURCE folder"):
+        build_in_one_process(monkeypatch, [str(folder)], str(folder / "index"))
+    assert not (folder / "index").exists()
+
+
 def test_one_document_makes_an_index(run: Any, folder: Path) -> None:
     (folder / "good.jsonl").write_text('{"id": "only", "text": "the only document"}\n')
     manifest = run().manifest
