@@ -48,6 +48,9 @@ def connect(config: ClusterConfig) -> Iterator[Session]:
     # Ray resets the logging of the driver; its INFO lines would tear the progress display apart.
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # When a run ends with an error, the thread that reads from Ray Data may outlive the session for a moment; without
+    # this its next call would start another Ray.
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     import ray
 
     address = config.address or os.environ.get("RAY_ADDRESS", "")
@@ -77,6 +80,7 @@ def connect(config: ClusterConfig) -> Iterator[Session]:
         node_cpus = max(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"])
         yield Session(totals.get("CPU", 0.0), totals.get("GPU", 0.0), node_cpus)
     finally:
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what the abandoned thread has to say then
         ray.shutdown()
 
 
