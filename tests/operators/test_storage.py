@@ -13,7 +13,8 @@ from operators.errors import ConfigError, FencedError, IntegrityError
 from operators.storage.checked import BLOCK_BYTES, CheckedFile, ObjectEntry, put_checked, verify_object, write_checked
 from operators.storage.commits import CommitRecord, commit, new_attempt, read_record
 from operators.storage.fencing import read_epoch, take_epoch
-from operators.storage.store import S3Store, Store, open_store
+from operators.storage.s3_store import S3Store
+from operators.storage.store import Store, open_store
 
 
 @pytest.fixture(params=["local", "s3", "s3 without conditional puts"])
@@ -84,7 +85,7 @@ def test_claims_of_dead_processes_are_taken_over(bucket: str, monkeypatch: pytes
 
     folder = f".claims/{hashlib.sha256(b'key').hexdigest()[:32]}"
     store.put(f"{folder}/{'0' * 32}", b"key")  # left by a killed process
-    monkeypatch.setattr("operators.storage.store.CLAIM_STALE_S", 0.5)
+    monkeypatch.setattr("operators.storage.s3_store.CLAIM_STALE_S", 0.5)
     assert store.put_if_absent("key", b"1")
     assert store.list_keys(".claims") == []
 

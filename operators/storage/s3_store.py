@@ -1,0 +1,196 @@
+"""A store on S3, through s3fs: conditional puts where the server honours them, a claim protocol where it does not."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import random
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from operators.errors import ResourceError
+from operators.storage.store import Store
+
+CLAIM_STALE_S = 60.0
+CLAIM_DEADLINE_S = 120.0
+_PRECONDITION_CODES = {"PreconditionFailed", "ConditionalRequestConflict", "412", "409"}
+_UNSUPPORTED_CODES = {"NotImplemented", "InvalidArgument", "501"}
+
+
+class _S3Stream:
+    """A multipart upload that becomes an object only by commit()."""
+
+    def __init__(self, fs: Any, path: str) -> None:
+        self._file = fs.open(path, "wb", autocommit=False, block_size=16 << 20)
+
+    def write(self, data: bytes) -> int:
+        return int(self._file.write(data))
+
+    def commit(self) -> None:
+        self._file.close()
+        self._file.commit()
+
+    def discard(self) -> None:
+        with contextlib.suppress(Exception):  # an upload that was never begun has nothing to abort
+            self._file.discard()
+        self._file.closed = True  # or its destructor would try to upload what was discarded
+
+
+class S3Store(Store):
+    """A prefix of a bucket, through s3fs."""
+
+    def __init__(self, url: str, fs: Any, path: str) -> None:
+        super().__init__(url)
+        self._fs = fs
+        self._base = path
+        self._bucket, _, self._prefix = path.partition("/")
+        self._conditional: bool | None = None
+
+    def _path(self, key: str) -> str:
+        return f"{self._base}/{key}"
+
+    def read(self, key: str) -> bytes:
+        return bytes(self._fs.cat_file(self._path(key)))
+
+    def reader(self, key: str) -> Callable[[int, int], bytes]:
+        path = self._path(key)
+
+        def read_range(start: int, stop: int) -> bytes:
+            return bytes(self._fs.cat_file(path, start=start, end=stop))
+
+        return read_range
+
+    def size_bytes(self, key: str) -> int | None:
+        try:
+            return int(self._fs.info(self._path(key))["size"])
+        except FileNotFoundError:
+            return None
+
+    def list_keys(self, prefix: str) -> list[str]:
+        found = self._fs.find(self._path(prefix))
+        return sorted(path[len(self._base) + 1 :] for path in found)
+
+    def put(self, key: str, data: bytes) -> None:
+        self._fs.pipe_file(self._path(key), data)
+
+    def _put_conditionally(self, key: str, data: bytes, **condition: str) -> bool:
+        """One put_object with If-None-Match or If-Match. False when the condition did not hold."""
+        try:
+            self._fs.call_s3("put_object", Bucket=self._bucket, Key=f"{self._prefix}/{key}", Body=data, **condition)
+        except FileNotFoundError:
+            return False  # If-Match on a key that is gone
+        except OSError as error:
+            if isinstance(error, FileExistsError) or _error_code(error) in _PRECONDITION_CODES:
+                return False
+            raise
+        return True
+
+    @property
+    def conditional(self) -> bool:
+        """Whether this store honours conditional puts: probed once a process, by really trying."""
+        if self._conditional is None:
+            key = f".probe/{uuid.uuid4().hex}"
+            try:
+                self._conditional = self._put_conditionally(key, b"1", IfNoneMatch="*") and not self._put_conditionally(
+                    key, b"2", IfNoneMatch="*"
+                )
+            except OSError as error:
+                if _error_code(error) not in _UNSUPPORTED_CODES:
+                    raise
+                self._conditional = False
+            self.delete(key)
+        return self._conditional
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        if self.conditional:
+            return self._put_conditionally(key, data, IfNoneMatch="*")
+        with self._claim(key):
+            if self.size_bytes(key) is not None:
+                return False
+            self.put(key, data)
+            return True
+
+    def read_tagged(self, key: str) -> tuple[bytes, str] | None:
+        try:
+            answer = self._fs.call_s3("get_object", Bucket=self._bucket, Key=f"{self._prefix}/{key}")
+        except FileNotFoundError:
+            return None
+        data = self._read_body(answer["Body"])
+        return data, str(answer["ETag"])
+
+    def _read_body(self, body: Any) -> bytes:
+        from fsspec.asyn import sync
+
+        async def read() -> bytes:
+            async with body as stream:
+                return bytes(await stream.read())
+
+        return bytes(sync(self._fs.loop, read))
+
+    def replace_if(self, key: str, data: bytes, tag: str | None) -> bool:
+        if self.conditional:
+            condition = {"IfNoneMatch": "*"} if tag is None else {"IfMatch": tag}
+            return self._put_conditionally(key, data, **condition)
+        with self._claim(key):
+            found = self.read_tagged(key)
+            if (found[1] if found else None) != tag:
+                return False
+            self.put(key, data)
+            return True
+
+    @contextlib.contextmanager
+    def _claim(self, key: str) -> Iterator[None]:
+        """Mutual exclusion on `key` for stores without conditional puts.
+
+        Write a claim, then list the claims: with strongly consistent listings at least one of two contenders sees both
+        and withdraws, so two never hold the key together. A claim older than CLAIM_STALE_S (by the store's own clock)
+        is a dead process's and is removed.
+        """
+        folder = f".claims/{hashlib.sha256(key.encode()).hexdigest()[:32]}"
+        name = uuid.uuid4().hex
+        deadline = time.monotonic() + CLAIM_DEADLINE_S
+        while True:
+            self.put(f"{folder}/{name}", key.encode())
+            entries = self._fs.find(self._path(folder), detail=True)
+            modified = {path.rsplit("/", 1)[1]: info["LastModified"] for path, info in entries.items()}
+            others = {other: at for other, at in modified.items() if other != name}
+            if name in modified and not others:
+                break
+            self.delete(f"{folder}/{name}")
+            for other, at in others.items():
+                if name in modified and (modified[name] - at).total_seconds() > CLAIM_STALE_S:
+                    self.delete(f"{folder}/{other}")
+            if time.monotonic() > deadline:
+                raise ResourceError(
+                    f"could not claim {self.url}/{key} within {CLAIM_DEADLINE_S:.0f} s: {len(others)} other process(es) hold it;"
+                    " stop the other run, or wait a minute and run again"
+                )
+            time.sleep(random.uniform(0.05, 0.5))
+        try:
+            yield
+        finally:
+            self.delete(f"{folder}/{name}")
+
+    def open_stream(self, key: str) -> _S3Stream:
+        return _S3Stream(self._fs, self._path(key))
+
+    def delete(self, key: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self._fs.rm_file(self._path(key))
+
+    def delete_tree(self, prefix: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self._fs.rm(self._path(prefix), recursive=True)
+
+
+def _error_code(error: OSError) -> str:
+    """The S3 error code behind an exception that s3fs translated."""
+    cause: BaseException | None = error
+    while cause is not None:
+        response = getattr(cause, "response", None)
+        if isinstance(response, dict):
+            return str(response.get("Error", {}).get("Code", ""))
+        cause = cause.__cause__
+    return ""
