@@ -24,7 +24,7 @@ def open_store(root: str) -> Store:
     if is_local(fs):
         if Path(path).exists() and not Path(path).is_dir():
             raise ConfigError(f"an index root must be a folder or an s3:// prefix, got the file {root!r}")
-        return LocalStore(root, Path(path))
+        return LocalStore(path, Path(path))  # absolute: workers may have another working directory
     if "/" not in path:
         raise ConfigError(f"an index root on S3 needs a prefix inside the bucket, got {root!r}; use s3://bucket/name")
     return S3Store(root, fs, path)

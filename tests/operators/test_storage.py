@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -101,6 +102,16 @@ def test_probe_finds_a_store_that_ignores_conditional_puts(bucket: str, monkeypa
 
     monkeypatch.setattr(ignoring, "_put_conditionally", without_condition)
     assert not ignoring.conditional
+
+
+def test_a_relative_root_means_the_same_folder_in_every_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    store = pickle.loads(pickle.dumps(open_store("root")))
+    monkeypatch.chdir("/")
+    store.put("key", b"1")
+    assert (tmp_path / "root" / "key").exists()
 
 
 def test_root_without_a_prefix_is_refused() -> None:

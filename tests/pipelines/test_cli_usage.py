@@ -64,7 +64,8 @@ def test_the_module_runs_as_the_program_does() -> None:
     )
     assert done.returncode == 9
     assert done.stdout == ""
-    assert done.stderr.startswith("error: no index is published at nowhere/to/be/found")
+    assert done.stderr.startswith("error: no index is published at /")  # where it looked, in full
+    assert "nowhere/to/be/found (no object CURRENT there)" in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 
