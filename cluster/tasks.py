@@ -15,13 +15,13 @@ def run_tasks(
     function: Callable[..., Any],
     calls: Sequence[tuple[Any, ...]],
     *,
-    num_cpus: float | Sequence[float] = 1,
+    num_cpus: float = 1,
     stall_timeout_s: float = 900.0,
     on_done: Callable[[int, Any], None] | None = None,
     check: Callable[[], None] | None = None,
     max_in_flight: int = 256,
 ) -> list[Any]:
-    """Results of function(*call) for every call, in order. `num_cpus`: CPU slots of each call, or of each in turn.
+    """Results of function(*call) for every call, in order.
 
     A worker that dies is replaced and its task run again (its commits make that safe). An exception of the function is
     kept until all other tasks have ended, then raised: a VectormillError as it is, with the number of further failures.
@@ -30,8 +30,7 @@ def run_tasks(
     import ray
     from ray.exceptions import RayError, RayTaskError
 
-    slots = [float(num_cpus)] * len(calls) if isinstance(num_cpus, (int, float)) else list(num_cpus)
-    remote = ray.remote(function)
+    remote = ray.remote(function).options(num_cpus=num_cpus, max_retries=WORKER_CRASH_RETRIES)
     results: list[Any] = [None] * len(calls)
     failures: list[tuple[int, Exception]] = []
     waiting = list(range(len(calls)))[::-1]
@@ -40,8 +39,7 @@ def run_tasks(
     while waiting or running:
         while waiting and len(running) < max_in_flight:
             number = waiting.pop()
-            options = remote.options(num_cpus=slots[number], max_retries=WORKER_CRASH_RETRIES)
-            running[options.remote(*calls[number])] = number
+            running[remote.remote(*calls[number])] = number
         done, _ = ray.wait(list(running), num_returns=1, timeout=1.0)
         for ref in done:
             number = running.pop(ref)
