@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from cluster.preflight import StreamPlan
 from cluster.session import ClusterConfig, connect
@@ -23,9 +24,9 @@ def test_tokenizing_is_not_fused_into_the_encoders(ray_cluster: str, tmp_path: P
         # Ray 2.60 has no public view of the physical plan.
         from ray.data._internal.logical.optimizers import get_execution_plan
 
-        stage = get_execution_plan(dataset._logical_plan)
-        stage = stage[0] if isinstance(stage, tuple) else stage
-        names, operator = [], stage.dag
+        physical, _ = get_execution_plan(dataset._logical_plan)
+        names: list[str] = []
+        operator: Any = physical.dag
         while operator is not None:
             names.append(f"{type(operator).__name__}: {operator.name}")
             operator = operator.input_dependencies[0] if operator.input_dependencies else None
