@@ -1,6 +1,6 @@
 """Nearest centroid of every row (filling the lists) and nearest centroids of a query (probing them).
 
-Shapes: N rows, Q queries, K centroids, B rows of a block, D dimensions, E = D for ip and D + 1 for l2.
+Shapes: N rows, Q queries, K centroids, B rows of a block, D dimensions.
 
 A row's list is the best one in float64 arithmetic, ties to the lowest id. The float32 matrix product only proposes it:
 where the runner-up is closer than float32 rounding can tell, float64 decides. So a row's list depends neither on the
@@ -10,21 +10,27 @@ product alone does not promise that: MKL 2024.2 with AVX2 gives the rows at a bl
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from kernels.blocks import check_finite, check_matrix, check_metric, check_same_dims, check_scores, padded_blocks
+from kernels.blocks import check_finite, check_matrix, check_metric, check_same_dims, check_scores, on_device
+from kernels.threads import run_blocks
 from kernels.topk import topk
 
 Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
 FloatArray = npt.NDArray[Any]
 
-# Columns scored at a time: 4096 x 2048 float32 scores stay in the outer cache for the argmax that follows.
-COLUMN_TILE = 2048
+# Rows and columns of a tile of scores: 1024 x 512 float32 stay in the inner caches for the comparison that follows.
+BLOCK_ROWS = 1024
+COLUMN_TILE = 512
+PRECISIONS = ("auto", "float32", "bf16", "tf32")
+# Below so many centroids times dimensions "auto" stays with float32: preparing bfloat16 costs more than it saves.
+MIN_BF16_SIZE = 1 << 16
 # Float64 scores held at a time: 64 MiB.
 NUM_FLOAT64_SCORES = 1 << 23
 UNIT_ROUNDOFF_32 = 2.0**-24
@@ -32,34 +38,48 @@ UNIT_ROUNDOFF_64 = 2.0**-53
 
 
 def assign_nearest(
-    x_ND: FloatArray, centroids_KD: FloatArray, *, metric: str, block_rows: int = 4096
+    x_ND: FloatArray, centroids_KD: FloatArray, *, metric: str, precision: str = "auto", block_rows: int = BLOCK_ROWS
 ) -> npt.NDArray[np.int32]:
     """Nearest centroid of every row: int32 [N]; largest inner product ("ip") or smallest squared distance ("l2").
 
-    x_ND, centroids_KD: float32 or float16 on the host; float16 is widened block by block. Never holds N x K scores.
-    Ties, which include scores that are equal up to float64 rounding, go to the lowest id. The same for a row in
-    whatever call it comes (see the module).
+    x_ND, centroids_KD: float32 or float16 on the host (x_ND may be memory-mapped), widened block by block; or CuPy
+    arrays, and then the result is one. Never holds N x K scores.
+    Ties, which include scores that are equal up to float64 rounding, go to the lowest id. The same for a row in whatever
+    call it comes (see the module).
+    precision on the host: "float32", or "bf16" products at about twice the rate where the processor has them; the lists
+    are the same, for float64 decides what either cannot. "auto" takes the faster. ("tf32" is "bf16" on the host.) On a
+    device "auto" is "float32", and the others are approximate (kernels/cuda/assign.py).
     Raises ValueError that names the first row with a NaN, an infinity or a score beyond float32.
     """
+    if on_device(x_ND):
+        from kernels.cuda.assign import assign_nearest as assign_on_device
+
+        on_device_as = "float32" if precision == "auto" else precision
+        return assign_on_device(x_ND, centroids_KD, metric=metric, precision=on_device_as)
     check_matrix("x_ND", x_ND)
     if block_rows < 1:
         raise ValueError(f"block_rows must be at least 1, got {block_rows}")
-    prepared_KE = prepare_centroids(centroids_KD, metric)
-    num_dims = centroids_KD.shape[1]
-    check_same_dims("x_ND", x_ND, "centroids_KD", num_dims)
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if precision in ("bf16", "tf32") or (precision == "auto" and centroids_KD.size >= MIN_BF16_SIZE):
+        from kernels.assign_bf16 import assign_nearest_bf16
+
+        return assign_nearest_bf16(x_ND, centroids_KD, metric=metric)
+    scaled_KD, bias_K = prepare_centroids(centroids_KD, metric)
+    check_same_dims("x_ND", x_ND, "centroids_KD", centroids_KD.shape[1])
     max_norm = float(torch.linalg.vector_norm(torch.from_numpy(centroids_KD.astype(np.float32)), dim=1).max())
     list_no_N = np.empty(len(x_ND), np.int32)
-    undecided: list[npt.NDArray[np.int64]] = []
-    # One buffer for all scores: fresh memory for every tile would cost more in page faults than the argmax.
-    scratch = torch.empty(block_rows * min(len(prepared_KE), COLUMN_TILE), dtype=torch.float32)
-    for start, stop, padded_BE in padded_blocks(x_ND, block_rows, ones_column=metric == "l2"):
-        block_BE = padded_BE[: stop - start]
-        best_B, second_B, list_no_B = _best_columns(block_BE, prepared_KE, scratch)
+
+    def assign_block(start: int) -> npt.NDArray[np.int64]:
+        """Rows that float32 cannot decide."""
+        block_BD = torch.from_numpy(x_ND[start : start + block_rows].astype(np.float32))
+        best_B, second_B, column_B = _best_two(block_BD, scaled_KD, bias_K)
         check_scores(best_B, x_ND, start)
-        list_no_N[start:stop] = list_no_B
-        norms_B = torch.linalg.vector_norm(block_BE[:, :num_dims], dim=1).numpy().astype(np.float64)
-        error_B = _score_error(norms_B, max_norm, num_dims, metric, UNIT_ROUNDOFF_32)
-        undecided.append(start + np.flatnonzero(best_B.astype(np.float64) - second_B <= 2.0 * error_B))
+        list_no_N[start : start + len(block_BD)] = column_B
+        error_B = score_error(row_norms(block_BD), max_norm, block_BD.shape[1], metric, UNIT_ROUNDOFF_32)
+        return start + np.flatnonzero(~(best_B.astype(np.float64) - second_B > 2.0 * error_B))
+
+    undecided = run_blocks(assign_block, range(0, len(x_ND), block_rows))
     rows = np.concatenate(undecided) if undecided else np.empty(0, np.int64)
     if len(rows):
         list_no_N[rows] = _nearest_in_float64(x_ND, rows, centroids_KD, metric)
@@ -100,57 +120,85 @@ def assign_topk(
     return scores_QK, list_no_QK
 
 
-def prepare_centroids(centroids_KD: FloatArray, metric: str) -> torch.Tensor:
-    """Centroids as a float32 tensor [K, E] whose product with a padded block gives scores, larger is better.
+def prepare_centroids(centroids_KD: FloatArray, metric: str) -> tuple[torch.Tensor, Float32Array]:
+    """(scaled float32 [K, D], bias float32 [K]) such that the score of a row is scaled · row + bias, larger is better.
 
-    "ip": the centroids. "l2": 2c with -||c||^2 as a last column, which meets the block's column of ones, so that
-    the score is ||x||^2 minus the squared distance without a second pass over the scores.
+    "ip": the centroids and zeros. "l2": 2c and -||c||^2, so that the score is ||x||^2 minus the squared distance.
     """
     check_metric(metric)
     _check_centroids(centroids_KD)
-    num_centroids, num_dims = centroids_KD.shape
-    prepared = torch.empty((num_centroids, num_dims + (metric == "l2")), dtype=torch.float32)
-    view = prepared.numpy()
-    view[:, :num_dims] = centroids_KD
-    if metric == "l2":
-        view[:, :num_dims] *= 2.0
-        with np.errstate(over="ignore"):
-            view[:, num_dims] = -np.einsum("kd,kd->k", centroids_KD, centroids_KD, dtype=np.float64)
-        if not np.isfinite(view).all():
-            row = int(np.argmin(np.isfinite(view).all(axis=1)))
-            raise ValueError(f"squared norms must be within float32: that of centroid {row} is not")
-    return prepared
+    scaled = torch.empty(centroids_KD.shape, dtype=torch.float32)
+    scaled.numpy()[:] = centroids_KD
+    if metric == "ip":
+        return scaled, np.zeros(len(centroids_KD), np.float32)
+    scaled *= 2.0
+    with np.errstate(over="ignore"):
+        bias_K = -np.einsum("kd,kd->k", centroids_KD, centroids_KD, dtype=np.float64).astype(np.float32)
+    finite_K = np.isfinite(bias_K) & np.isfinite(scaled.numpy()).all(axis=1)
+    if not finite_K.all():
+        raise ValueError(f"squared norms must be within float32: that of centroid {int(np.argmin(finite_K))} is not")
+    return scaled, bias_K
 
 
-def _best_columns(
-    block_BE: torch.Tensor, prepared_KE: torch.Tensor, scratch: torch.Tensor
-) -> tuple[Float32Array, Float32Array, npt.NDArray[np.int64]]:
-    """Best score, second best score (float32) and lowest column of the best (int64) of every row; a NaN score wins.
+def row_norms(block_BD: torch.Tensor) -> Float64Array:
+    """Norms of the rows, float64 [B]."""
+    return torch.linalg.vector_norm(block_BD, dim=1).numpy().astype(np.float64)
 
-    `scratch`: float32 tensor of at least B * min(K, COLUMN_TILE) elements, overwritten.
-    """
-    rows = np.arange(len(block_BE))
-    best_B = np.full(len(block_BE), -np.inf, np.float32)
+
+def _best_two(
+    block_BD: torch.Tensor, scaled_KD: torch.Tensor, bias_K: Float32Array
+) -> tuple[Float32Array, Float32Array, npt.NDArray[np.int32]]:
+    """Best score, second best score (float32) and column of the best (int32) of every row; -inf or infinite if bad."""
+    compiled = compiled_assign()
+    best_B = np.full(len(block_BD), -np.inf, np.float32)
     second_B = best_B.copy()
-    best_column_B = np.zeros(len(block_BE), np.int64)
-    for first in range(0, len(prepared_KE), COLUMN_TILE):
-        tile_KE = prepared_KE[first : first + COLUMN_TILE]
-        scores_BK = scratch[: len(block_BE) * len(tile_KE)].view(len(block_BE), len(tile_KE))
-        torch.mm(block_BE, tile_KE.t(), out=scores_BK)
-        tile_BK: Float32Array = scores_BK.numpy()
-        column_B = tile_BK.argmax(axis=1)
-        score_B = tile_BK[rows, column_B]
-        tile_BK[rows, column_B] = -np.inf
-        runner_up_B = np.maximum(scores_BK.amax(dim=1).numpy(), np.minimum(best_B, score_B))
-        np.maximum(second_B, runner_up_B, out=second_B)
-        # "not <=" lets a NaN through to the check.
-        better_B = ~(score_B <= best_B) & ~np.isnan(best_B)
-        best_B[better_B] = score_B[better_B]
-        best_column_B[better_B] = column_B[better_B] + first
-    return best_B, second_B, best_column_B
+    column_B = np.zeros(len(block_BD), np.int32)
+    # One buffer for all tiles: fresh memory for every tile would cost more in page faults than the comparison.
+    scratch = torch.empty(min(len(scaled_KD), COLUMN_TILE) * len(block_BD), dtype=torch.float32)
+    for first in range(0, len(scaled_KD), COLUMN_TILE):
+        tile_KD = scaled_KD[first : first + COLUMN_TILE]
+        # Rows of the block go along the rows of memory: neighbours in a register belong to different rows.
+        scores_KB = scratch[: len(tile_KD) * len(block_BD)].view(len(tile_KD), len(block_BD))
+        torch.mm(tile_KD, block_BD.t(), out=scores_KB)
+        bias = bias_K[first : first + COLUMN_TILE]
+        if compiled is not None:
+            compiled.update_best_two(scores_KB.numpy(), bias, first, best_B, second_B, column_B)
+        else:
+            _update_best_two(scores_KB.numpy(), bias, first, best_B, second_B, column_B)
+    return best_B, second_B, column_B
 
 
-def _score_error(
+def _update_best_two(
+    scores_KB: Float32Array,
+    bias_K: Float32Array,
+    first: int,
+    best_B: Float32Array,
+    second_B: Float32Array,
+    column_B: npt.NDArray[np.int32],
+) -> None:
+    """As kernels.assign_compiled.update_best_two, where numba is absent; overwrites the scores."""
+    scores_KB += bias_K[:, None]
+    np.copyto(scores_KB, -np.inf, where=np.isnan(scores_KB))
+    rows = np.arange(scores_KB.shape[1])
+    column = scores_KB.argmax(axis=0)
+    score_B = scores_KB[column, rows]
+    scores_KB[column, rows] = -np.inf
+    np.maximum(second_B, np.maximum(scores_KB.max(axis=0), np.minimum(best_B, score_B)), out=second_B)
+    better_B = score_B > best_B
+    best_B[better_B] = score_B[better_B]
+    column_B[better_B] = column[better_B] + first
+
+
+def compiled_assign() -> ModuleType | None:
+    """kernels.assign_compiled, or None where numba is not installed."""
+    try:
+        from kernels import assign_compiled
+    except ImportError:
+        return None
+    return assign_compiled
+
+
+def score_error(
     norms_B: Float64Array, max_norm: float, num_dims: int, metric: str, unit_roundoff: float
 ) -> Float64Array:
     """Bound of the rounding error of each row's scores, whatever the order of summation.
@@ -174,7 +222,7 @@ def _nearest_in_float64(
     for start in range(0, len(rows), block_rows):
         block_BD, block_norms_B = _widened(x_ND[rows[start : start + block_rows]])
         scores_BK = _scores_in_float64(block_BD, centroids64_KD, norms_K, metric)
-        error_B = _score_error(np.sqrt(block_norms_B), max_norm, block_BD.shape[1], metric, UNIT_ROUNDOFF_64)
+        error_B = score_error(np.sqrt(block_norms_B), max_norm, block_BD.shape[1], metric, UNIT_ROUNDOFF_64)
         least_B = scores_BK.max(axis=1) - 2.0 * error_B
         nearest[start : start + block_rows] = (scores_BK >= least_B[:, None]).argmax(axis=1)
     return nearest

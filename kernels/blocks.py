@@ -36,6 +36,16 @@ def padded_blocks(
         yield start, stop, block_BE
 
 
+def on_device(array: Any) -> bool:
+    """True for an array in a CUDA device's memory, as CuPy and torch declare it."""
+    return not isinstance(array, np.ndarray) and hasattr(array, "__cuda_array_interface__")
+
+
+def to_host(array: Any) -> npt.NDArray[Any]:
+    """The array in the host's memory: itself, or a copy of a CuPy array."""
+    return np.asarray(array.get() if on_device(array) else array)
+
+
 def check_metric(metric: str) -> None:
     """Raises ValueError unless the metric is "ip" or "l2"."""
     if metric not in METRICS:

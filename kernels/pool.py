@@ -1,19 +1,23 @@
 """One vector of every segment of packed token states.
 
-Shapes: T tokens of all segments one behind the other, S segments, D dimensions (kept ones after truncation).
+Shapes: T tokens of all segments one behind the other, S segments, L tokens of one, D dimensions (kept ones after
+truncation), B = ceil(D / 8) bytes.
 A segment's vector does not depend on the other segments of the call.
 """
 
 from __future__ import annotations
 
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from kernels import reference
+from kernels.blocks import on_device
+
 MODES = ("mean", "cls", "max", "last", "mean_sqrt_len", "weighted_mean")
-DTYPES = ("float32", "float16")
+DTYPES = ("float32", "float16", "int8", "binary")
 
 
 @overload
@@ -24,8 +28,20 @@ def pool_normalize(
     mode: str,
     normalize: bool = True,
     truncate_dim: int | None = None,
-    dtype: str = "float32",
+    dtype: Literal["float32", "float16", "binary"] = "float32",
 ) -> npt.NDArray[Any]: ...
+
+
+@overload
+def pool_normalize(
+    states_TD: npt.NDArray[Any],
+    offsets: npt.NDArray[np.int64],
+    *,
+    mode: str,
+    normalize: bool = True,
+    truncate_dim: int | None = None,
+    dtype: Literal["int8"],
+) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]: ...
 
 
 @overload
@@ -36,8 +52,20 @@ def pool_normalize(
     mode: str,
     normalize: bool = True,
     truncate_dim: int | None = None,
-    dtype: str = "float32",
+    dtype: Literal["float32", "float16", "binary"] = "float32",
 ) -> torch.Tensor: ...
+
+
+@overload
+def pool_normalize(
+    states_TD: torch.Tensor,
+    offsets: torch.Tensor | npt.NDArray[np.int64],
+    *,
+    mode: str,
+    normalize: bool = True,
+    truncate_dim: int | None = None,
+    dtype: Literal["int8"],
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 def pool_normalize(
@@ -54,10 +82,22 @@ def pool_normalize(
     states_TD: any float type; segment s is rows offsets[s]:offsets[s + 1]. offsets: int64 [S + 1] from 0 to T.
     mode: "mean", "cls" (first token), "last", "max", "mean_sqrt_len" (sum / sqrt(length)) or "weighted_mean" (token
     i = 1..length weighs i). `truncate_dim` keeps the leading dimensions, before normalising. A zero vector stays zero.
-    Arrays are pooled in float64 (the reference), tensors in float32; `dtype` is that of the result.
-    Raises ValueError that names an empty segment, or one whose vector is not finite in `dtype`.
+    dtype "float32" or "float16": that of the result. "int8": the result is (codes int8 [S, D], scale float32 [S]), a
+    vector about scale * codes, scale = max |v| / 127, codes rounded half to even; scale and codes of a zero vector are
+    0. "binary": uint8 [S, B], bit 1 where v > 0, the first dimension in the highest bit as numpy.packbits has it, the
+    bits beyond D 0.
+    Arrays are pooled in float64 (the reference), tensors and CuPy arrays in float32 with norms in float64.
+    Raises ValueError that names an empty segment, or one whose vector is not finite (in `dtype`, if that is a float).
     """
-    starts, ends = _segments(offsets, len(states_TD), len(states_TD.shape))
+    if on_device(states_TD) and not isinstance(states_TD, torch.Tensor):
+        from kernels.cuda.pool import pool_normalize as pool_on_device
+
+        return pool_on_device(
+            states_TD, offsets, mode=mode, normalize=normalize, truncate_dim=truncate_dim, dtype=dtype
+        )
+    if len(states_TD.shape) != 2:
+        raise ValueError(f"states must be a matrix [T, D], got {tuple(states_TD.shape)}")
+    starts, ends = check_segments(offsets, len(states_TD))
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     if dtype not in DTYPES:
@@ -66,23 +106,33 @@ def pool_normalize(
         if not 1 <= truncate_dim <= states_TD.shape[1]:
             raise ValueError(f"truncate_dim must be in 1..D ({states_TD.shape[1]}), got {truncate_dim}")
         states_TD = states_TD[:, :truncate_dim]
+    packed = dtype in ("int8", "binary")
     if isinstance(states_TD, torch.Tensor):
-        vectors_SD: Any = _pool_torch(states_TD, starts, ends, mode, normalize).to(getattr(torch, dtype))
+        vectors_SD: Any = _pool_torch(states_TD, starts, ends, mode, normalize)
+        if not packed:
+            vectors_SD = vectors_SD.to(getattr(torch, dtype))
         finite_S: npt.NDArray[np.bool_] = torch.isfinite(vectors_SD).all(dim=1).cpu().numpy()
     else:
         with np.errstate(over="ignore", invalid="ignore"):
-            vectors_SD = _pool_numpy(states_TD, starts, ends, mode, normalize).astype(dtype)
-        finite_S = np.isfinite(vectors_SD).all(axis=1)
+            vectors_SD = reference.pooled(states_TD, np.append(starts, len(states_TD)), mode, normalize)
+            # The range of a tensor's vectors, also for the packed ones.
+            rounded_SD = vectors_SD.astype(np.float32 if packed else dtype)
+        finite_S = np.isfinite(rounded_SD).all(axis=1)
+        vectors_SD = vectors_SD if packed else rounded_SD
     if not finite_S.all():
         raise ValueError(f"vectors must be finite: that of segment {int(np.argmin(finite_S))} is not, in {dtype}")
-    return vectors_SD
+    if not packed:
+        return vectors_SD
+    if isinstance(vectors_SD, torch.Tensor):
+        return _quantized_int8(vectors_SD) if dtype == "int8" else _packed_signs(vectors_SD)
+    return reference.quantized_int8(vectors_SD) if dtype == "int8" else np.packbits(vectors_SD > 0, axis=1)
 
 
-def _segments(offsets: Any, num_tokens: int, num_axes: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """First and one-past-last token of every segment, on the host."""
+def check_segments(offsets: Any, num_tokens: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """First and one-past-last token of every segment, on the host. Raises ValueError that names an empty segment."""
     host = offsets.cpu().numpy() if isinstance(offsets, torch.Tensor) else np.asarray(offsets)
-    if num_axes != 2 or host.ndim != 1 or len(host) == 0 or host.dtype != np.int64:
-        raise ValueError(f"states must be a matrix and offsets int64 [S + 1], got {host.dtype} {host.shape}")
+    if host.ndim != 1 or len(host) == 0 or host.dtype != np.int64:
+        raise ValueError(f"offsets must be int64 [S + 1], got {host.dtype} {host.shape}")
     if host[0] != 0 or host[-1] != num_tokens:
         raise ValueError(f"offsets must run from 0 to the number of tokens ({num_tokens}), got {host[0]} to {host[-1]}")
     lengths = np.diff(host)
@@ -90,34 +140,6 @@ def _segments(offsets: Any, num_tokens: int, num_axes: int) -> tuple[npt.NDArray
         segment = int(np.argmax(lengths <= 0))
         raise ValueError(f"segments must hold at least one token: segment {segment} holds {int(lengths[segment])}")
     return host[:-1], host[1:]
-
-
-def _pool_numpy(
-    states_TD: npt.NDArray[Any],
-    starts: npt.NDArray[np.int64],
-    ends: npt.NDArray[np.int64],
-    mode: str,
-    normalize: bool,
-) -> npt.NDArray[np.float64]:
-    vectors_SD = np.empty((len(starts), states_TD.shape[1]), np.float64)
-    for segment, (start, end) in enumerate(zip(starts, ends, strict=True)):
-        tokens = states_TD[start:end].astype(np.float64)
-        if mode == "cls":
-            vectors_SD[segment] = tokens[0]
-        elif mode == "last":
-            vectors_SD[segment] = tokens[-1]
-        elif mode == "max":
-            vectors_SD[segment] = tokens.max(axis=0)
-        elif mode == "weighted_mean":
-            weights = np.arange(1, len(tokens) + 1, dtype=np.float64)
-            vectors_SD[segment] = (tokens * weights[:, None]).sum(axis=0) / weights.sum()
-        else:
-            divisor = len(tokens) if mode == "mean" else len(tokens) ** 0.5
-            vectors_SD[segment] = tokens.sum(axis=0) / divisor
-    if normalize:
-        norms_S = np.sqrt(np.square(vectors_SD).sum(axis=1))
-        vectors_SD /= np.where(norms_S > 0, norms_S, 1.0)[:, None]
-    return vectors_SD
 
 
 def _pool_torch(
@@ -138,8 +160,9 @@ def _pool_torch(
         pieces = torch.split(states_TD.float(), (ends - starts).tolist())
         vectors_SD = torch.stack([_pool_tokens(tokens, mode) for tokens in pieces])
     if normalize:
-        norms_S1 = torch.linalg.vector_norm(vectors_SD, dim=1, keepdim=True)
-        vectors_SD = vectors_SD / torch.where(norms_S1 > 0, norms_S1, 1.0)
+        # In float64: a vector within float32 may have a norm beyond it, or one that is lost among its smallest numbers.
+        norms_S1 = torch.linalg.vector_norm(vectors_SD, dim=1, keepdim=True, dtype=torch.float64)
+        vectors_SD = (vectors_SD / torch.where(norms_S1 > 0, norms_S1, 1.0)).float()
     return vectors_SD
 
 
@@ -151,3 +174,20 @@ def _pool_tokens(tokens_LD: torch.Tensor, mode: str) -> torch.Tensor:
         weights_L = torch.arange(1, length + 1, dtype=torch.float32, device=tokens_LD.device)
         return (tokens_LD * weights_L[:, None]).sum(dim=0) / (length * (length + 1) / 2)
     return tokens_LD.sum(dim=0) / (length if mode == "mean" else length**0.5)
+
+
+def _quantized_int8(vectors_SD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As reference.quantized_int8, in float32."""
+    largest_S = torch.linalg.vector_norm(vectors_SD, ord=torch.inf, dim=1)
+    scale_S = largest_S / 127.0
+    # Divided before it is multiplied: 127 / max |v| would overflow for a small vector.
+    divisor_S = torch.where(scale_S > 0, largest_S, torch.inf)
+    return torch.round(vectors_SD / divisor_S[:, None] * 127.0).to(torch.int8), scale_S
+
+
+def _packed_signs(vectors_SD: torch.Tensor) -> torch.Tensor:
+    """numpy.packbits(vectors > 0, axis=1) on the tensor's device."""
+    num_vectors, num_dims = vectors_SD.shape
+    bits_SD = torch.nn.functional.pad((vectors_SD > 0).to(torch.uint8), (0, -num_dims % 8))
+    values_8 = 2 ** torch.arange(7, -1, -1, dtype=torch.uint8, device=vectors_SD.device)
+    return (bits_SD.reshape(num_vectors, -(-num_dims // 8), 8) * values_8).sum(dim=2, dtype=torch.uint8)

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kernels.blocks import check_finite, check_matrix, check_metric, check_same_dims, padded_blocks
+from kernels.blocks import check_finite, check_matrix, check_metric, check_same_dims, on_device, padded_blocks
 
 Float32Array = npt.NDArray[np.float32]
 Int64Array = npt.NDArray[np.int64]
@@ -29,7 +29,12 @@ def topk(scores_QN: Float32Array, k: int) -> tuple[Float32Array, Int64Array]:
     """The k largest scores of every query, best first: scores float32 [Q, k] and their indices int64 [Q, k].
 
     Ties go to the lowest index. Where k > N the rest is -inf with index -1. Scores must not be NaN. Deterministic.
+    A CuPy array gives CuPy arrays, with the same bits.
     """
+    if on_device(scores_QN):
+        from kernels.cuda.topk import topk as topk_on_device
+
+        return topk_on_device(scores_QN, k)
     if scores_QN.ndim != 2 or scores_QN.dtype != np.float32:
         raise ValueError(f"scores_QN must be a float32 matrix, got {scores_QN.dtype} {scores_QN.shape}")
     _check_k(k)

@@ -8,7 +8,7 @@ from typing import Any
 # Raised by hand whenever reading, chunking, encoding or the piece format changes what is written for the same input.
 PIECE_CODE_VERSION = 1
 # Likewise for training, codes and the run format.
-INDEX_CODE_VERSION = 1
+INDEX_CODE_VERSION = 2
 
 _LIBRARIES = ("torch", "transformers", "tokenizers", "pyarrow")
 

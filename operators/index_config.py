@@ -22,10 +22,15 @@ class IndexConfig:
     nbits: int = semantic(8, "bits a sub-quantizer: 4 or 8")
     seed: int = semantic(1234, "seed of k-means")
     train_points: int = semantic(0, "training sample; 0: max(100 nlist, 65536), at most all")
-    coarse_iterations: int = semantic(10, "iterations of the coarse k-means")
-    pq_iterations: int = semantic(8, "iterations of the k-means of each sub-quantizer")
+    coarse_iterations: int = semantic(8, "iterations of the coarse k-means")
+    pq_iterations: int = semantic(
+        16, "iterations of each sub-quantizer's k-means, most of them over a part of the rows"
+    )
+    assign_share: float = semantic(
+        1.0, "of the vectors in their nearest list; below 1 (0.97): lists found on two levels, for an nlist of 10,000s"
+    )
     checkpoint_s: float = operational(5.0, "least seconds between checkpoints of training; 0: after each iteration")
-    train_threads: int = operational(0, "CPU threads of training; 0: all CPU slots of a node but one")
+    train_threads: int = operational(0, "CPU threads of training; 0: all CPU slots of a node")
     refine_factor: int = semantic(10, "candidates per wanted hit that are scored again with the stored vectors")
     query_sample: int = semantic(256, "queries drawn from the corpus to measure recall and choose nprobe")
     target_recall: float = semantic(0.99, "recall@10 on the query sample that nprobe is chosen for")
@@ -51,8 +56,9 @@ class IndexConfig:
             ("merge_buffer_bytes", self.merge_buffer_bytes >= 1, "at least 1"),
             ("coarse_iterations", self.coarse_iterations >= 1, "at least 1"),
             ("pq_iterations", self.pq_iterations >= 1, "at least 1"),
+            ("assign_share", 0 < self.assign_share <= 1, "in (0, 1]"),
             ("checkpoint_s", self.checkpoint_s >= 0, "at least 0"),
-            ("train_threads", self.train_threads >= 0, "at least 1, or 0 for all CPU slots of a node but one"),
+            ("train_threads", self.train_threads >= 0, "at least 1, or 0 for all CPU slots of a node"),
             ("train_points", self.train_points >= 0, "at least 1, or 0 for a size chosen from nlist"),
         ]
         for name, holds, rule in rules:

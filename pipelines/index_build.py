@@ -96,7 +96,7 @@ def _train(
         calls.append((store.url, key, group, train_share, config.index.query_sample, made_from))
     samples = context.tasks(index_stages.sample_group, calls)
     context.progress.stage("train quantizer", total=1)
-    threads = Threads(config.index.train_threads or max(1, int(context.session.node_cpus) - 1))
+    threads = Threads(config.index.train_threads or max(1, int(context.session.node_cpus)))
     call = (store.url, prefix, samples, config.index, sizes, threads, corpus)
     trained: CommitRecord = context.tasks(index_stages.train, [call], num_cpus=threads.count)[0]
     return trained, samples
@@ -109,9 +109,9 @@ def _shards(
     context.progress.stage("build shards", total=len(groups))
     calls, inputs = [], []
     for number, group in enumerate(groups):
-        made_from = digest_of([corpus, trained.content(), _members(group)])
+        made_from = digest_of([corpus, trained.content(), trained.facts["assignment"], _members(group)])
         key = f"{context.run.prefix}/shards-{corpus[:16]}/shard-{number:05d}-{made_from[:12]}"
-        calls.append((context.store.url, key, group, trained.objects["quantizer"], threads, made_from))
+        calls.append((context.store.url, key, group, trained, threads, made_from))
         inputs.append(made_from)
     shards = context.tasks(index_stages.shard, calls, num_cpus=threads.count)
     check_inputs(shards, inputs)
@@ -268,6 +268,7 @@ def _manifest(
         segments=[segment],
         quality={},
         content_digest=compute_content_digest(quantizer, ObjectEntry.from_json(entries["queries"]), [segment]),
+        assignment=trained.facts["assignment"],
     )
 
 
@@ -276,8 +277,9 @@ def _verify(context: BuildContext, manifest: Manifest) -> None:
     threads = Threads(context.config.encode.threads_per_worker)
     context.progress.stage("verify", total=sum(len(s.parts) for s in manifest.segments))
     problems = check_manifest(context.store, manifest)
+    version = (manifest.quantizer_entry, manifest.list_assignment, manifest.ntotal)
     for segment in manifest.segments:
-        calls = [(context.store.url, ref, manifest.quantizer_entry, manifest.ntotal, threads) for ref in segment.parts]
+        calls = [(context.store.url, ref, *version, threads) for ref in segment.parts]
         reports = context.tasks(index_stages.check_part, calls, num_cpus=threads.count)
         problems += [problem for report in reports for problem in report.problems]
         problems += check_coverage(manifest, segment, reports)

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from operators import schemas
 from operators.artifact.index import Index
+from operators.artifact.list_assignment import ListAssignment
 from operators.artifact.manifest import Manifest, PartRef
 from operators.artifact.quantizer import Quantizer, read_quantizer
 from operators.artifact.verifier import PartReport, verify_part
@@ -116,7 +117,7 @@ def train(
     sample = join_samples([_read_sample(store, record) for record in samples])
     quantizer = train_quantizer(store, prefix, sample.vectors, config, sizes, inputs)
     objects = {"quantizer": quantizer.write(store)}
-    facts = {"sample_rows": len(sample.order)}
+    facts = {"sample_rows": len(sample.order), "assignment": quantizer.assignment.to_json()}
     return commit(store, key, CommitRecord("train quantizer", inputs, new_attempt(), objects, facts))
 
 
@@ -141,7 +142,7 @@ def shard(
     store_url: str,
     key_prefix: str,
     pieces: Sequence[PieceOfShard],
-    quantizer: ObjectEntry,
+    trained: CommitRecord,
     threads: Threads,
     inputs: str,
 ) -> CommitRecord:
@@ -151,7 +152,8 @@ def shard(
     if done is not None:
         return done  # the merge checks its inputs and refuses a foreign one by name
     threads.apply()
-    return build_shard(store, key_prefix, pieces, _quantizer(store, quantizer), inputs)
+    quantizer = _quantizer(store, trained.objects["quantizer"], ListAssignment.from_json(trained.facts["assignment"]))
+    return build_shard(store, key_prefix, pieces, quantizer, inputs)
 
 
 def merge(
@@ -174,22 +176,25 @@ def merge(
     )
 
 
-def check_part(store_url: str, ref: PartRef, quantizer: ObjectEntry, ntotal: int, threads: Threads) -> PartReport:
+def check_part(
+    store_url: str, ref: PartRef, quantizer: ObjectEntry, assignment: ListAssignment, ntotal: int, threads: Threads
+) -> PartReport:
     """Verify one part of a candidate."""
     threads.apply()
     store = open_store(store_url)
-    return verify_part(store, ref, _quantizer(store, quantizer), ntotal)
+    return verify_part(store, ref, _quantizer(store, quantizer, assignment), ntotal)
 
 
-_quantizers: dict[str, Quantizer] = {}
+_quantizers: dict[tuple[str, ListAssignment], Quantizer] = {}
 
 
-def _quantizer(store: Store, entry: ObjectEntry) -> Quantizer:
+def _quantizer(store: Store, entry: ObjectEntry, assignment: ListAssignment) -> Quantizer:
     """The quantizer, kept in the worker process from task to task."""
-    if entry.sha256 not in _quantizers:
+    name = (entry.sha256, assignment)
+    if name not in _quantizers:
         _quantizers.clear()
-        _quantizers[entry.sha256] = read_quantizer(store, entry)
-    return _quantizers[entry.sha256]
+        _quantizers[name] = read_quantizer(store, entry, assignment)
+    return _quantizers[name]
 
 
 def measure_quality(store_url: str, manifest: Manifest, config: IndexConfig, threads: Threads) -> dict[str, Any]:

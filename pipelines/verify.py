@@ -84,7 +84,7 @@ def _check(store: Store, manifest: Manifest, problems: list[str], shown: RunProg
     problems += check_manifest(store, manifest)
     shown.advance()
     try:
-        quantizer = read_quantizer(store, manifest.quantizer_entry)
+        quantizer = read_quantizer(store, manifest.quantizer_entry, manifest.list_assignment)
     except VectormillError:
         quantizer = None  # listed by check_manifest; the parts' own bytes can be checked all the same
     with ThreadPoolExecutor(NUM_THREADS) as pool:

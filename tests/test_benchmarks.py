@@ -19,7 +19,7 @@ from operators.errors import SourceError
 from operators.model import load_spec, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-BENCHMARKS = ("build_throughput", "build_memory")
+BENCHMARKS = ("build_throughput", "build_memory", "assign_scaling", "ivfpq_memory")
 
 
 def run(name: str, *arguments: str) -> str:
@@ -87,6 +87,34 @@ def test_sampler_sees_what_a_process_and_its_children_hold(pss: bool) -> None:
     assert last.num_processes == 2
     assert 50e6 < last.by_kind["ray system"] < 80e6  # the child, which is not the root
     assert last.total < 100e6
+
+
+def test_assign_scaling_reports_both_ways_and_their_share(tmp_path: Path) -> None:
+    small = ("--nlist", "64", "256", "--dims=16", "--rows=2000", "--exact-rows=2000", "--slack-rows=1000", "--rounds=2")
+    report = json.loads(run("assign_scaling", *small, f"--out={tmp_path / 's.json'}", "--json"))
+    assert json.loads((tmp_path / "s.json").read_text()) == report
+    assert set(report["nlist"]) == {"64", "256"}
+    for one in report["nlist"].values():
+        assert 0 < one["us_per_vector"] <= one["us_per_vector_spread"]["median"]
+        assert one["us_per_vector_exact"] > 0
+        assert one["groups_s"] > 0
+        assert one["share_on_slack_vectors"] >= 0.96
+        assert 0.9 < one["exact_share"] <= 1
+    assert report["least_exact_share"] == min(one["exact_share"] for one in report["nlist"].values())
+    assert report["bf16"]["exact_share"] == 1.0
+    assert report["floors"]["ratio_64k_to_4k"]["met"] == (report["ratio_64k_to_4k"] <= 4)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_of_training_and_encoding_is_within_the_budget_for_a_file_three_times_as_long() -> None:
+    small = ("--rows=70000", "--dims=64", "--factor=3", "--nlist=64", "--m=8", "--budget-mib", "288")
+    report = json.loads(run("ivfpq_memory", *small, "--json"))
+    found = report["budget_mib"]["288"]
+    for rows in ("70000", "210000"):
+        assert 10 < found[rows]["train_peak_mb"] < 302  # the sample alone is 17 MB
+        assert 1 < found[rows]["encode_peak_mb"] < 302
+    assert max(found["train_ratio"], found["encode_ratio"]) <= 1.25  # of some 10 MB here; the floor is for the defaults
+    assert found["share_of_budget"] <= 1
 
 
 @pytest.mark.slow

@@ -79,7 +79,7 @@ class Index:
 
         self.store = store
         self.manifest = manifest
-        self.quantizer = read_quantizer(store, manifest.quantizer_entry)
+        self.quantizer = read_quantizer(store, manifest.quantizer_entry, manifest.list_assignment)
         if len(manifest.segments) != 1:
             raise IntegrityError(
                 f"version {manifest.version} has {len(manifest.segments)} segments, this vectormill reads one"

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from operators.artifact.list_assignment import NEAREST, ListAssignment
 from operators.crash_points import crash_point
 from operators.errors import FencedError, IndexNotFoundError, IntegrityError
 from operators.settings import digest_of
@@ -73,6 +74,11 @@ class Manifest:
     content_digest: str
     format_version: int = FORMAT_VERSION
     reports: dict[str, Any] = field(default_factory=dict)
+    assignment: dict[str, Any] = field(default_factory=NEAREST.to_json)  # a manifest without it: nearest of all
+
+    @property
+    def list_assignment(self) -> ListAssignment:
+        return ListAssignment.from_json(self.assignment)
 
     @property
     def quantizer_entry(self) -> ObjectEntry:

@@ -1,6 +1,8 @@
 """The trained, empty index: coarse centroids and PQ codebooks, stored as an ordinary faiss IndexIVFPQ without entries.
 
 K lists, d dimensions, M sub-quantizers, N vectors, B bytes of a code.
+
+How a vector finds its list is no part of that object, for faiss has no place for it: the manifest keeps it.
 """
 
 from __future__ import annotations
@@ -12,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from kernels.assign import assign_nearest
-from kernels.pq import pq_encode
+from kernels.ivfpq import IvfPq
+from operators.artifact.list_assignment import NEAREST, ListAssignment
 from operators.errors import IntegrityError
 from operators.storage.checked import CheckedFile, ObjectEntry, put_checked
 from operators.storage.store import Store
@@ -27,6 +29,7 @@ class Quantizer:
     centroids_Kd: np.ndarray
     codebooks_MKd: np.ndarray
     nbits: int
+    assignment: ListAssignment = NEAREST
 
     @property
     def d(self) -> int:
@@ -44,11 +47,15 @@ class Quantizer:
     def code_size(self) -> int:
         return (self.M * self.nbits + 7) // 8
 
+    @cached_property
+    def _kernels(self) -> IvfPq:
+        """Kept with the quantizer, because it keeps the groups of a two-level assignment."""
+        rule = self.assignment
+        return IvfPq(self.metric, self.centroids_Kd, self.codebooks_MKd, rule.seed, rule.slack, rule.share)
+
     def encode(self, vectors_Nd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(list_no int32 [N], codes uint8 [N, B]) of float16 or float32 vectors. A row's result depends on it alone."""
-        vectors = np.ascontiguousarray(vectors_Nd, dtype=np.float32)
-        list_no = assign_nearest(vectors, self.centroids_Kd, metric=self.metric)
-        return list_no, pq_encode(vectors - self.centroids_Kd[list_no], self.codebooks_MKd)
+        return self._kernels.encode(vectors_Nd)
 
     def to_faiss(self) -> Any:
         """A new, empty faiss.IndexIVFPQ with these centroids and codebooks."""
@@ -83,8 +90,11 @@ class Quantizer:
         return put_checked(store, f"quantizers/{self.digest}.faissindex", self.serialized)
 
 
-def read_quantizer(store: Store, entry: ObjectEntry) -> Quantizer:
-    """Quantizer from its object. Raises IntegrityError when the object is damaged or is another one."""
+def read_quantizer(store: Store, entry: ObjectEntry, assignment: ListAssignment = NEAREST) -> Quantizer:
+    """Quantizer from its object, and the version's assignment, which encoding needs (searching and faiss do not).
+
+    Raises IntegrityError when the object is damaged or is another one.
+    """
     import faiss
 
     data = CheckedFile(store, entry).readall()
@@ -97,4 +107,4 @@ def read_quantizer(store: Store, entry: ObjectEntry) -> Quantizer:
     centroids = coarse.reconstruct_n(0, index.nlist)
     codebooks = faiss.vector_to_array(index.pq.centroids).reshape(index.pq.M, index.pq.ksub, index.pq.dsub)
     metric = "ip" if index.metric_type == faiss.METRIC_INNER_PRODUCT else "l2"
-    return Quantizer(metric, centroids, codebooks, int(index.pq.nbits))
+    return Quantizer(metric, centroids, codebooks, int(index.pq.nbits), assignment)

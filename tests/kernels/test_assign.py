@@ -9,14 +9,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import assign
+from kernels import assign, assign_bf16, reference
 from kernels.assign import assign_nearest, assign_topk
+from tests.kernels.array_paths import dims, few, matrices
 
 sizes = st.integers(1, 70)
 
 
 def random_matrix(seed: int, num_rows: int, num_dims: int) -> npt.NDArray[np.float32]:
     return np.random.default_rng(seed).standard_normal((num_rows, num_dims), dtype=np.float32)
+
+
+def unit_rows(seed: int, num_rows: int, num_dims: int) -> npt.NDArray[np.float32]:
+    x = random_matrix(seed, num_rows, num_dims)
+    return np.asarray(x / np.linalg.norm(x, axis=1, keepdims=True), np.float32)
 
 
 def reference_scores(x_ND: npt.NDArray[Any], centroids_KD: npt.NDArray[Any], metric: str) -> npt.NDArray[np.float64]:
@@ -169,3 +175,86 @@ def test_wrong_arguments_are_named() -> None:
         assign_topk(x, x, 6, metric="ip")
     with pytest.raises(ValueError, match="float64"):
         assign_nearest(x.astype(np.float64), x, metric="ip")
+    with pytest.raises(ValueError, match="precision must be one of float32, bf16, tf32, got 'fp8'"):
+        assign_nearest(x, x, metric="ip", precision="fp8")
+    with pytest.raises(ValueError, match=r"D of centroids_KD \(7\), got 8"):
+        assign_nearest(x, x[:, :7], metric="ip", precision="bf16")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "tf32"])
+@pytest.mark.parametrize("metric", ["ip", "l2"])
+@given(data=st.data(), num_rows=st.integers(0, 60), num_centroids=st.integers(1, 90), num_dims=dims)
+@few
+def test_bfloat16_products_lead_to_the_lists_of_the_reference(
+    precision: str, metric: str, data: st.DataObject, num_rows: int, num_centroids: int, num_dims: int
+) -> None:
+    x, centroids = data.draw(matrices(num_rows, num_dims)), data.draw(matrices(num_centroids, num_dims))
+    got = assign_nearest(x, centroids, metric=metric, precision=precision)
+    np.testing.assert_array_equal(got, reference.assign_nearest(x, centroids, metric=metric), strict=True)
+
+
+@pytest.mark.parametrize("metric", ["ip", "l2"])
+def test_bfloat16_scores_alone_would_miss_what_the_bf16_mode_finds(metric: str) -> None:
+    x, centroids = unit_rows(1, 3000, 384), unit_rows(2, 2000, 384)
+    expected = assign_nearest(x, centroids, metric=metric)
+    plain = torch.from_numpy(x).bfloat16() @ torch.from_numpy(centroids).bfloat16().t()
+    assert (plain.float().numpy().argmax(axis=1) != expected).mean() > 0.005
+    np.testing.assert_array_equal(assign_nearest(x, centroids, metric=metric, precision="bf16"), expected)
+
+
+@pytest.mark.parametrize("metric", ["ip", "l2"])
+def test_bf16_lists_do_not_depend_on_threads_pieces_or_the_processor(
+    metric: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, centroids = unit_rows(1, 2500, 96), unit_rows(2, 700, 96)
+    whole = assign_nearest(x, centroids, metric=metric, precision="bf16")
+    threads = torch.get_num_threads()
+    try:
+        for num_threads in (1, 3):
+            torch.set_num_threads(num_threads)
+            again = assign_nearest(x, centroids, metric=metric, precision="bf16")
+            np.testing.assert_array_equal(again, whole)
+    finally:
+        torch.set_num_threads(threads)
+    pieces = [assign_nearest(x[i : i + 37], centroids, metric=metric, precision="bf16") for i in range(0, len(x), 37)]
+    np.testing.assert_array_equal(np.concatenate(pieces), whole)
+    monkeypatch.setattr(assign_bf16, "has_bfloat16", lambda: False)
+    np.testing.assert_array_equal(assign_nearest(x, centroids, metric=metric, precision="bf16"), whole)
+
+
+@pytest.mark.parametrize("metric", ["ip", "l2"])
+def test_blocks_that_bfloat16_leaves_undecided_are_decided_by_float32(
+    metric: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    centroids = np.tile(unit_rows(3, 10, 24), (60, 1)) + unit_rows(4, 1, 24)
+    x = np.concatenate([unit_rows(5, 1024, 24), np.zeros((1024, 24), np.float32), 1e4 + unit_rows(6, 500, 24)])
+    left: list[bool] = []
+    candidates = assign_bf16._candidates
+
+    def spied(*arguments: Any) -> Any:
+        found = candidates(*arguments)
+        left.append(found is None)
+        return found
+
+    monkeypatch.setattr(assign_bf16, "_candidates", spied)
+    got = assign_nearest(x, centroids, metric=metric, precision="bf16")
+    np.testing.assert_array_equal(got, assign_nearest(x, centroids, metric=metric))
+    assert got.max() < 10
+    assert not assign_bf16.has_bfloat16() or any(left)
+
+
+@pytest.mark.parametrize("metric", ["ip", "l2"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_the_bf16_mode_names_the_first_row_that_is_not_finite(metric: str, bad: float) -> None:
+    x, centroids = random_matrix(1, 2100, 8), random_matrix(2, 10, 8)
+    x[1037, 2] = x[1041, 0] = x[2090, 1] = bad
+    for each in (centroids, np.round(centroids)):  # also without any rounding
+        with pytest.raises(ValueError, match="row 1037 holds"):
+            assign_nearest(x, each, metric=metric, precision="bf16")
+    x[1037, 2] = x[1041, 0] = x[2090, 1] = 0.0
+    x[2077] = 3e38
+    with pytest.raises(ValueError, match=r"row 2077 .*too large"):
+        assign_nearest(x, centroids, metric=metric, precision="bf16")
+    centroids[4, 1] = bad
+    with pytest.raises(ValueError, match="centroid 4 holds"):
+        assign_nearest(x, centroids, metric=metric, precision="bf16")

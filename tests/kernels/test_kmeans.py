@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -9,7 +11,12 @@ from hypothesis import strategies as st
 
 from kernels import kmeans as kmeans_module
 from kernels.assign import assign_nearest
-from kernels.kmeans import kmeans, partial_sums, reduce_pairwise
+from kernels.assign_two_level import assign_two_level
+from kernels.kmeans import Checkpoint, group_centroids, kmeans, partial_sums, reduce_pairwise
+from tests.kernels.array_paths import metrics, taken
+
+# An iteration compares rows with every centroid ("exact"), or beyond MAX_EXACT centroids with near groups of them.
+levels = pytest.mark.parametrize("max_exact", [1024, 20], ids=["one level", "two levels"])
 
 
 def blobs(num_rows: int, num_blobs: int, num_dims: int, seed: int = 0) -> npt.NDArray[np.float32]:
@@ -18,6 +25,10 @@ def blobs(num_rows: int, num_blobs: int, num_dims: int, seed: int = 0) -> npt.ND
     return (centres[rng.integers(0, num_blobs, num_rows)] + rng.standard_normal((num_rows, num_dims))).astype(
         np.float32
     )
+
+
+def started_at(x: npt.NDArray[np.float32], centroids: npt.NDArray[np.float32]) -> Checkpoint:
+    return Checkpoint(0, centroids, np.full(len(x), -1, np.int32))
 
 
 def mean_distance(x: npt.NDArray[np.float32], centroids: npt.NDArray[np.float32]) -> float:
@@ -35,20 +46,38 @@ def test_two_runs_give_the_same_bits(metric: str) -> None:
     assert first.dtype == np.float32
 
 
-@pytest.mark.parametrize("metric", ["ip", "l2"])
-def test_resuming_after_any_iteration_gives_the_bits_of_an_uninterrupted_run(metric: str) -> None:
-    x = blobs(3000, 4, 9)
-    x[1000:] = x[0]  # duplicates empty clusters, so that the seeded split takes part
-    saved: list[tuple[int, npt.NDArray[np.float32]]] = []
-    final = kmeans(x, 1500, metric=metric, seed=1, iterations=5, on_iteration=lambda i, c: saved.append((i, c.copy())))
-    assert [iteration for iteration, _ in saved] == [1, 2, 3, 4, 5]
+@levels
+@metrics
+def test_resuming_after_any_iteration_gives_the_bits_of_an_uninterrupted_run(
+    metric: str, max_exact: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kmeans_module, "MAX_EXACT", max_exact)
+    x = blobs(6000, 30, 9)
+    x[2000:3000] = x[0]  # duplicates empty clusters, so that the seeded split takes part
+    saved: list[Checkpoint] = []
+    final = kmeans(x, 100, metric=metric, seed=1, iterations=8, on_iteration=saved.append)
+    assert [checkpoint.iteration for checkpoint in saved] == [*range(1, 9)]
+    assert saved[-1].centroids_KD.tobytes() == final.tobytes()
+    assert (saved[0].list_no_N[1::4] == -1).all()  # an early iteration uses every fourth row only
+    assert (saved[0].list_no_N[::4] >= 0).all()
+    assert (saved[-1].list_no_N >= 0).all()
     for checkpoint in saved:
-        resumed = kmeans(x, 1500, metric=metric, seed=1, iterations=5, checkpoint=checkpoint)
+        before = checkpoint.centroids_KD.tobytes(), checkpoint.list_no_N.tobytes()
+        later: list[Checkpoint] = []
+        resumed = kmeans(x, 100, metric=metric, seed=1, iterations=8, checkpoint=checkpoint, on_iteration=later.append)
         assert resumed.tobytes() == final.tobytes()
+        assert [after.iteration for after in later] == [*range(checkpoint.iteration + 1, 9)]
+        for after, first in zip(later, saved[checkpoint.iteration :], strict=True):
+            np.testing.assert_array_equal(after.list_no_N, first.list_no_N)
+        assert before == (checkpoint.centroids_KD.tobytes(), checkpoint.list_no_N.tobytes())
 
 
-@pytest.mark.parametrize("metric", ["ip", "l2"])
-def test_the_number_of_threads_does_not_change_a_bit(metric: str) -> None:
+@levels
+@metrics
+def test_the_number_of_threads_does_not_change_a_bit(
+    metric: str, max_exact: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kmeans_module, "MAX_EXACT", max_exact)
     x = blobs(8000, 40, 33)
     threads = torch.get_num_threads()
     results = set()
@@ -61,26 +90,90 @@ def test_the_number_of_threads_does_not_change_a_bit(metric: str) -> None:
     assert len(results) == 1
 
 
-def test_quality_is_that_of_faiss() -> None:
+@levels
+@metrics
+def test_centroids_are_the_same_bits_without_numba(
+    metric: str, max_exact: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kmeans_module, "MAX_EXACT", max_exact)
+    x = blobs(2500, 40, 21)
+    x[500:700] = x[0]
+    results = set()
+    for path in ("compiled", "numpy"):
+        with taken(path):
+            results.add(kmeans(x, 60, metric=metric, seed=0, iterations=5).tobytes())
+    assert len(results) == 1
+
+
+# Measured: 0.93 and 0.89 of faiss's mean squared distance at 64 centroids, 0.69 and 0.65 at 150.
+@levels
+@pytest.mark.parametrize("num_centroids", [64, 150])
+def test_quality_is_that_of_faiss_for_as_many_iterations(
+    num_centroids: int, max_exact: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     faiss = pytest.importorskip("faiss")
-    x = blobs(6000, 100, 16)
-    ours = np.mean([mean_distance(x, kmeans(x, 64, metric="l2", seed=seed)) for seed in range(5)])
-    theirs = []
-    for seed in range(5):
-        peer = faiss.Kmeans(16, 64, niter=12, seed=seed)
+    monkeypatch.setattr(kmeans_module, "MAX_EXACT", max_exact)
+    x = blobs(8000, 100, 16)
+    ours: list[float] = []
+    theirs: list[float] = []
+    for seed in range(3):
+        ours.append(mean_distance(x, kmeans(x, num_centroids, metric="l2", seed=seed, iterations=10)))
+        peer = faiss.Kmeans(16, num_centroids, niter=10, seed=seed)
         peer.train(x)
         theirs.append(mean_distance(x, peer.centroids))
-    # The spread of one seed is about 5 % on this data; five are averaged.
-    assert ours <= 1.05 * np.mean(theirs)
+    assert np.mean(ours) <= np.mean(theirs)
+
+
+# Measured: 0.86 and 0.88 of faiss's mean cosine distance.
+@metrics
+def test_directions_are_as_near_as_those_of_faiss(metric: str) -> None:
+    faiss = pytest.importorskip("faiss")
+    x = blobs(8000, 100, 16)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    ours: list[float] = []
+    theirs: list[float] = []
+    for seed in range(3):
+        peer = faiss.Kmeans(16, 80, niter=10, seed=seed, spherical=metric == "ip")
+        peer.train(x)
+        for found, centroids in (
+            (ours, kmeans(x, 80, metric=metric, seed=seed, iterations=10)),
+            (theirs, peer.centroids),
+        ):
+            found.append(1 - float((x * centroids[assign_nearest(x, centroids, metric=metric)]).sum(axis=1).mean()))
+    assert np.mean(ours) <= np.mean(theirs)
 
 
 def test_one_iteration_is_the_reference_step() -> None:
     x = blobs(5000, 8, 7)
     start = x[:10].copy()
-    got = kmeans(x, 10, metric="l2", seed=0, iterations=1, checkpoint=(0, start))
+    got = kmeans(x, 10, metric="l2", seed=0, iterations=1, checkpoint=started_at(x, start))
     list_no = np.square(x[:, None].astype(np.float64) - start[None]).sum(axis=2).argmin(axis=1)
     expected = np.stack([x[list_no == k].astype(np.float64).mean(axis=0) for k in range(10)])
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_middle_iterations_go_past_the_means_and_the_last_one_does_not() -> None:
+    x = blobs(5000, 8, 7)
+    saved: list[Checkpoint] = []
+    final = kmeans(x, 10, metric="l2", seed=0, iterations=3, on_iteration=saved.append)
+    for number, factor in ((1, kmeans_module.OVERSHOOT), (2, 1.0)):
+        before, after = saved[number - 1].centroids_KD.astype(np.float64), saved[number]
+        means = np.stack([x[after.list_no_N == k].astype(np.float64).mean(axis=0) for k in range(10)])
+        np.testing.assert_allclose(after.centroids_KD, before + factor * (means - before), rtol=1e-5, atol=1e-5)
+    assert final.tobytes() == saved[-1].centroids_KD.tobytes()
+
+
+def test_a_row_never_goes_to_a_farther_centroid_on_two_levels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kmeans_module, "MAX_EXACT", 20)
+    x = blobs(4000, 60, 12)
+    saved: list[Checkpoint] = []
+    kmeans(x, 200, metric="l2", seed=0, iterations=3, on_iteration=saved.append)
+    for before, after in itertools.pairwise(saved):
+        kept, taken_now = (
+            np.square(x - before.centroids_KD[lists].astype(np.float64)).sum(axis=1)
+            for lists in (before.list_no_N, after.list_no_N)
+        )
+        assert (taken_now <= kept * (1 + 1e-12)).all()
 
 
 def test_ip_centroids_have_unit_length() -> None:
@@ -125,42 +218,52 @@ def test_repeated_rows_differ_from_the_rows_they_repeat() -> None:
 def test_empty_clusters_are_filled_from_the_biggest() -> None:
     x = blobs(4000, 4, 5)
     start = np.concatenate([x[:4], np.full((12, 5), 1e4, np.float32)])
-    centroids = kmeans(x, 16, metric="l2", seed=0, iterations=8, checkpoint=(0, start))
+    centroids = kmeans(x, 16, metric="l2", seed=0, iterations=8, checkpoint=started_at(x, start))
     counts = np.bincount(assign_nearest(x, centroids, metric="l2"), minlength=16)
     assert counts.min() > 0
 
 
-@pytest.mark.parametrize("metric", ["ip", "l2"])
-def test_two_levels_are_repeatable_resumable_and_about_as_good(metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    x = blobs(6000, 30, 8)
-    one_level = kmeans(x, 400, metric=metric, seed=0)
-    monkeypatch.setattr(kmeans_module, "MAX_ONE_LEVEL", 100)
-    saved: list[tuple[int, npt.NDArray[np.float32]]] = []
-    two_level = kmeans(x, 400, metric=metric, seed=0, on_iteration=lambda i, c: saved.append((i, c.copy())))
-    assert [iteration for iteration, _ in saved] == [0, 1, 2]
-    assert two_level.shape == (400, 8)
-    assert kmeans(x, 400, metric=metric, seed=0).tobytes() == two_level.tobytes()
-    for checkpoint in saved:
-        assert kmeans(x, 400, metric=metric, seed=0, checkpoint=checkpoint).tobytes() == two_level.tobytes()
-    if metric == "l2":
-        assert mean_distance(x, two_level) <= 1.1 * mean_distance(x, one_level)
-
-
-def test_two_levels_survive_duplicates(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kmeans_module, "MAX_ONE_LEVEL", 20)
-    x = np.ones((300, 4), np.float32)
-    x[:20] = blobs(20, 3, 4)
-    centroids = kmeans(x, 290, metric="l2", seed=0, iterations=2)
-    assert centroids.shape == (290, 4)
+@metrics
+@given(num_rows=st.integers(30, 120), num_centroids=st.integers(9, 60), num_dims=st.integers(1, 19))
+@settings(max_examples=6, deadline=None)
+def test_any_sizes_give_finite_centroids_on_two_levels(
+    metric: str, num_rows: int, num_centroids: int, num_dims: int
+) -> None:
+    x = blobs(num_rows, 3, num_dims)
+    x[: num_rows // 2] = x[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kmeans_module, "MAX_EXACT", 8)
+        centroids = kmeans(x, num_centroids, metric=metric, seed=0, iterations=3)
+    assert centroids.shape == (num_centroids, num_dims)
     assert np.isfinite(centroids).all()
 
 
-def test_more_than_4096_centroids_go_through_two_levels() -> None:
-    x = blobs(9000, 50, 4)
-    called: list[int] = []
-    centroids = kmeans(x, 4100, metric="l2", seed=0, iterations=2, on_iteration=lambda i, _: called.append(i))
-    assert called == [0, 1, 2]
-    assert centroids.shape == (4100, 4)
+@levels
+def test_beyond_max_exact_an_iteration_is_on_two_levels(max_exact: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[float] = []
+
+    def spied(*arguments: object, **named: object) -> object:
+        used.append(float(named["slack"]))  # type: ignore[arg-type]
+        return assign_two_level(*arguments, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(kmeans_module, "MAX_EXACT", max_exact)
+    monkeypatch.setattr(kmeans_module, "assign_two_level", spied)
+    kmeans(blobs(1000, 30, 8), 40, metric="l2", seed=0, iterations=3)
+    assert len(used) == (3 if max_exact == 20 else 0)
+
+
+@metrics
+def test_groups_hold_every_centroid_once_each_with_its_nearest_group(metric: str) -> None:
+    centroids = blobs(500, 30, 8)
+    for num_groups, expected in ((0, 45), (7, 7), (500, 500), (900, 500)):
+        groups = group_centroids(centroids, metric=metric, seed=3, num_groups=num_groups)
+        assert groups.num_groups <= expected
+        np.testing.assert_array_equal(np.sort(groups.members), np.arange(500))
+        nearest = assign_nearest(centroids, groups.group_centroids_GD, metric=metric)
+        for g in range(groups.num_groups):
+            members = groups.members[groups.starts[g] : groups.starts[g + 1]]
+            np.testing.assert_array_equal(members, np.flatnonzero(nearest == g))
+            assert len(members) > 0
 
 
 def test_partial_sums_add_up_to_the_reference_in_the_same_bits_whoever_computes_them() -> None:
@@ -203,10 +306,15 @@ def test_wrong_arguments_are_named() -> None:
         kmeans(x, 0, metric="l2", seed=0)
     with pytest.raises(ValueError, match="seed must be at least 0, got -1"):
         kmeans(x, 4, metric="l2", seed=-1)
-    with pytest.raises(ValueError, match=r"iteration must be in 0\.\.12, got 13"):
-        kmeans(x, 4, metric="l2", seed=0, checkpoint=(13, x[:4]))
-    with pytest.raises(ValueError, match=r"centroids must be float32 \(4, 4\)"):
-        kmeans(x, 4, metric="l2", seed=0, checkpoint=(1, x[:3]))
+    lists = np.zeros(50, np.int32)
+    for checkpoint, message in (
+        (Checkpoint(13, x[:4], lists), r"iteration must be in 0\.\.12, got 13"),
+        (Checkpoint(1, x[:3], lists), r"centroids must be float32 \(4, 4\), got float32 \(3, 4\)"),
+        (Checkpoint(1, x[:4], lists[:9]), r"lists must be int32 \(50,\), got int32 \(9,\)"),
+        (Checkpoint(1, x[:4], lists.astype(np.int64)), r"lists must be int32 \(50,\), got int64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            kmeans(x, 4, metric="l2", seed=0, iterations=12, checkpoint=checkpoint)
     x[20, 1] = np.nan
     for num_centroids in (4, 50):
         with pytest.raises(ValueError, match="row 20 holds"):

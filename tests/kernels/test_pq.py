@@ -1,18 +1,24 @@
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernels import pq_codewords
 from kernels.assign import assign_nearest
 from kernels.kmeans import kmeans
-from kernels.pq import code_size, pq_decode, pq_encode, pq_train
+from kernels.pq import code_size, pq_decode, pq_encode, pq_encode_residuals, pq_train
 
 VARIANTS = [(32, 8, 8), (32, 4, 8), (30, 5, 8), (32, 8, 4), (35, 7, 4), (6, 6, 4)]
+# Dimensions of a sub-vector: each scan of kernels.pq_compiled with and without padding.
+SUB_DIMS = [1, 2, 3, 4, 5, 8, 12, 16, 33]
 
 
 def rows(num_rows: int, num_dims: int, seed: int = 0) -> npt.NDArray[np.float32]:
@@ -23,6 +29,136 @@ def rows(num_rows: int, num_dims: int, seed: int = 0) -> npt.NDArray[np.float32]
 
 def distances(x: npt.NDArray[Any], codebooks: npt.NDArray[Any], codes: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     return np.asarray(np.square(x.astype(np.float64) - pq_decode(codes, codebooks)).sum(axis=1))
+
+
+def nearest_in_float64(x: npt.NDArray[Any], codebooks: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """Nearest codeword [N, M] by definition; random values leave no pair within rounding of float64 but equal ones."""
+    M, _, sub_dims = codebooks.shape
+    parts = x.astype(np.float64).reshape(len(x), M, 1, sub_dims) - codebooks.astype(np.float64)
+    return np.asarray(np.square(parts).sum(axis=3).argmin(axis=2))
+
+
+def unpacked(codes: npt.NDArray[np.uint8], M: int, nbits: int) -> npt.NDArray[np.uint8]:
+    """Indices [N, M] of the codewords."""
+    return (
+        codes if nbits == 8 else np.stack([codes & 15, codes >> 4], axis=2).reshape(len(codes), (M + 1) // 2 * 2)[:, :M]
+    )
+
+
+@pytest.fixture
+def both_ways(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Calls a function with numba and without, and gives both results."""
+    pytest.importorskip("numba")
+
+    def call(function: Any) -> tuple[Any, Any]:
+        compiled = function()
+        with monkeypatch.context() as patch:
+            patch.setattr(pq_codewords, "compiled_pq", lambda: None)
+            return compiled, function()
+
+    return call
+
+
+@pytest.mark.parametrize("nbits", [4, 8])
+@pytest.mark.parametrize("sub_dims", SUB_DIMS)
+def test_codes_of_any_shape_are_the_nearest_with_numba_and_without(sub_dims: int, nbits: int, both_ways: Any) -> None:
+    faiss = pytest.importorskip("faiss")
+    rng = np.random.default_rng(sub_dims)
+    for M, num_rows in ((1, 257), (3, 255), (2, 1), (5, 0)):
+        codebooks = rng.standard_normal((M, 1 << nbits, sub_dims), dtype=np.float32)
+        x = rng.standard_normal((num_rows, M * sub_dims), dtype=np.float32)
+        codebooks[:, 9] = codebooks[:, 3]  # a tie in every sub-space
+        x[: num_rows // 8, :sub_dims] = codebooks[0, 9]
+        codes, plain = both_ways(lambda x=x, codebooks=codebooks: pq_encode(x, codebooks))
+        np.testing.assert_array_equal(unpacked(codes, M, nbits), nearest_in_float64(x, codebooks))
+        np.testing.assert_array_equal(plain, codes)
+        pq = faiss.ProductQuantizer(M * sub_dims, M, nbits)
+        faiss.copy_array_to_vector(codebooks.ravel(), pq.centroids)
+        np.testing.assert_array_equal(pq.decode(codes), pq_decode(codes, codebooks))
+        theirs = pq.compute_codes(x)
+        np.testing.assert_allclose(
+            distances(x, codebooks, theirs), distances(x, codebooks, codes), rtol=1e-5, atol=1e-6
+        )
+
+
+def test_near_ties_are_decided_in_float64(both_ways: Any) -> None:
+    # Two codewords that differ by 2^-20, and rows whose float32 scores for them do not.
+    step = np.float32(2.0**-20)
+    codebooks = np.full((1, 16, 2), -1.0, np.float32)
+    codebooks[0, 4, 0], codebooks[0, 5, 0] = 1 + step, 1.0
+    codebooks[0, 4:6, 1] = 7.0
+    x = np.array([[1, 7], [1 + step, 7], [1 + 2 * step, 7], [1 - step, 7], [0, 0], [1000, 7]], np.float32)
+    codes, plain = both_ways(lambda: pq_encode(x, codebooks))
+    np.testing.assert_array_equal(codes[:4, 0], [5, 4, 4, 5])
+    np.testing.assert_array_equal(codes[:, 0], nearest_in_float64(x, codebooks)[:, 0])
+    np.testing.assert_array_equal(plain, codes)
+
+
+@given(
+    num_rows=st.integers(0, 300),
+    M=st.integers(1, 5),
+    sub_dims=st.integers(1, 17),
+    nbits=st.sampled_from([4, 8]),
+    scale=st.sampled_from([1e-30, 1e-3, 1.0, 1e5]),
+    half=st.booleans(),
+)
+@settings(max_examples=40, deadline=None)
+def test_residuals_are_encoded_like_their_difference(
+    num_rows: int, M: int, sub_dims: int, nbits: int, scale: float, half: bool
+) -> None:
+    rng = np.random.default_rng([num_rows, M, sub_dims])
+    dtype = np.float16 if half and scale >= 1e-3 and scale <= 1.0 else np.float32
+    x = (rng.standard_normal((num_rows, M * sub_dims)) * scale).astype(dtype)
+    centroids = (rng.standard_normal((7, M * sub_dims)) * scale).astype(np.float32)
+    codebooks = (rng.standard_normal((M, 1 << nbits, sub_dims)) * scale).astype(np.float32)
+    list_no = rng.integers(0, 7, num_rows).astype(np.int32)
+    residuals = x.astype(np.float32) - centroids[list_no]
+    codes = pq_encode_residuals(x, centroids, list_no, codebooks)
+    np.testing.assert_array_equal(codes, pq_encode(residuals, codebooks))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pq_codewords, "compiled_pq", lambda: None)
+        np.testing.assert_array_equal(codes, pq_encode_residuals(x, centroids, list_no, codebooks))
+
+
+def test_arrays_may_be_mapped_reversed_read_only_or_unaligned(tmp_path: Path) -> None:
+    x = rows(2500, 12)
+    codebooks = pq_train(x, 3, 4, seed=0, iterations=2)
+    codes = pq_encode(x, codebooks)
+    np.save(tmp_path / "rows.npy", x)
+    np.testing.assert_array_equal(pq_encode(x[::-1], codebooks), codes[::-1])
+    np.testing.assert_array_equal(pq_encode(np.asfortranarray(x), codebooks), codes)
+    mapped = np.load(tmp_path / "rows.npy", mmap_mode="r")
+    unaligned = np.frombuffer(b"-" + x.tobytes(), np.float32, offset=1).reshape(x.shape)
+    zeros, list_no = np.frombuffer(bytes(49), np.float32, offset=1).reshape(1, 12), np.broadcast_to(0, len(x))
+    for same in (mapped, unaligned):
+        np.testing.assert_array_equal(pq_encode(same, codebooks), codes)
+        np.testing.assert_array_equal(pq_encode_residuals(same, zeros, list_no, codebooks), codes)
+        np.testing.assert_array_equal(pq_encode_residuals(same, mapped[:1] * 0, list_no, codebooks), codes)
+        np.testing.assert_array_equal(pq_train(same, 3, 4, seed=0, iterations=2), codebooks)
+    half = x.astype(np.float16)
+    np.testing.assert_array_equal(pq_encode(half, codebooks), pq_encode(half.astype(np.float32), codebooks))
+
+
+def test_the_number_of_threads_and_numba_do_not_change_a_bit(both_ways: Any) -> None:
+    x = rows(5000, 15)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for num_threads in (1, 2, 3):
+            torch.set_num_threads(num_threads)
+            for codebooks in both_ways(lambda: pq_train(x, 3, 8, seed=1, iterations=6)):
+                results.append(codebooks.tobytes() + pq_encode(x, codebooks).tobytes())
+            assert torch.get_num_threads() == num_threads
+    finally:
+        torch.set_num_threads(threads)
+    assert len(set(results)) == 1
+
+
+def test_numba_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "kernels.pq_compiled", raising=False)
+    monkeypatch.delattr("kernels.pq_compiled", raising=False)
+    monkeypatch.setitem(sys.modules, "numba", None)
+    assert pq_codewords.compiled_pq() is None
 
 
 @pytest.mark.parametrize(("num_dims", "M", "nbits"), VARIANTS)
@@ -116,28 +252,6 @@ def test_equally_near_codewords_go_to_the_lowest() -> None:
     np.testing.assert_array_equal(pq_encode(np.array([[1.0], [-1.0]], np.float32), codebooks), [[0], [1]])
 
 
-@pytest.mark.parametrize("num_rows", [1, 3, 255, 256, 257])
-def test_training_works_with_fewer_rows_than_codewords(num_rows: int) -> None:
-    x = rows(num_rows, 12)
-    codebooks = pq_train(x, 4, 8, seed=0, iterations=2)
-    assert codebooks.shape == (4, 256, 3)
-    assert np.isfinite(codebooks).all()
-    if num_rows <= 256:
-        np.testing.assert_allclose(pq_decode(pq_encode(x, codebooks), codebooks), x, atol=1e-2)
-
-
-def test_training_repeats_to_the_bit_and_its_error_is_that_of_faiss() -> None:
-    faiss = pytest.importorskip("faiss")
-    x = rows(4000, 16)
-    codebooks = pq_train(x, 4, 8, seed=5, iterations=8)
-    assert codebooks.tobytes() == pq_train(x, 4, 8, seed=5, iterations=8).tobytes()
-    assert codebooks.tobytes() != pq_train(x, 4, 8, seed=6, iterations=8).tobytes()
-    pq = faiss.ProductQuantizer(16, 4, 8)
-    pq.train(x)
-    theirs = np.square(x - pq.decode(pq.compute_codes(x))).sum(axis=1).mean()
-    assert distances(x, codebooks, pq_encode(x, codebooks)).mean() <= 1.05 * theirs
-
-
 def test_wrong_arguments_are_named() -> None:
     x = rows(50, 12)
     codebooks = pq_train(x, 4, 4, seed=0, iterations=1)
@@ -151,6 +265,36 @@ def test_wrong_arguments_are_named() -> None:
         pq_encode(x[:, :11], codebooks)
     with pytest.raises(ValueError, match=r"codes must be uint8 \[N, 2\]"):
         pq_decode(np.zeros((3, 4), np.uint8), codebooks)
-    x[7, 11] = np.inf
-    with pytest.raises(ValueError, match="row 7 holds"):
+    with pytest.raises(ValueError, match="iterations must be at least 1, got 0"):
+        pq_train(x, 4, 8, seed=0, iterations=0)
+    list_no = np.zeros(50, np.int64)
+    with pytest.raises(ValueError, match=r"list_no_N must be in 0..L-1 \(1\), got 0..2"):
+        pq_encode_residuals(x, x[:2], list_no + np.eye(1, 50, 3, dtype=int)[0] * 2, codebooks)
+    with pytest.raises(ValueError, match=r"list_no_N must be integers \[50\], got int64 \(49,\)"):
+        pq_encode_residuals(x, x[:2], list_no[1:], codebooks)
+    codebooks[2, 5, 1] = 1e30
+    with pytest.raises(ValueError, match="that of codeword 5 of sub-quantizer 2 is not"):
         pq_encode(x, codebooks)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e38])
+def test_the_first_row_that_is_not_finite_is_named(value: float, both_ways: Any) -> None:
+    x = rows(2600, 12)
+    codebooks = pq_train(x, 4, 4, seed=0, iterations=1)
+    codebooks[:, :, 1] = 0.0  # a product with it hides nothing
+    codebooks[:, 0, 0] = 10.0
+    centroids, list_no = np.zeros((1, 12), np.float32), np.zeros(2600, np.int64)
+    x[2300, 0] = x[1207, 9] = x[1209, 0] = value
+    message = "those of row 1207 are not" if value == 1e38 else "row 1207 holds"
+
+    def encode() -> str:
+        with pytest.raises(ValueError, match=message):
+            pq_encode_residuals(x, centroids, list_no, codebooks)
+        with pytest.raises(ValueError, match=message) as error:
+            pq_encode(x, codebooks)
+        return str(error.value)
+
+    compiled, plain = both_ways(encode)
+    assert compiled == plain
+    with pytest.raises(ValueError, match="row 1207 holds"):
+        pq_train(x, 4, 4, seed=0)

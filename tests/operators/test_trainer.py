@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernels import kmeans
+from kernels.assign import assign_nearest
 from operators import trainer
+from operators.artifact.list_assignment import NEAREST, ListAssignment
 from operators.artifact.quantizer import read_quantizer
 from operators.errors import IntegrityError
 from operators.index_config import IndexConfig, IndexSizes
@@ -83,16 +88,20 @@ def sample_of(store: Store, records: list[tuple[CommitRecord, list[int]]]) -> np
     return sample_pieces(store, records, share=1.0).vectors
 
 
+@pytest.mark.parametrize("assign_share", [1.0, 0.9])
 @pytest.mark.parametrize("metric", ["ip", "l2"])
 def test_training_resumed_from_any_checkpoint_gives_the_same_bytes(
     pieces: tuple[Store, list[tuple[CommitRecord, list[int]]]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     metric: str,
+    assign_share: float,
 ) -> None:
-    config = IndexConfig(metric=metric, coarse_iterations=4, pq_iterations=2, seed=3, checkpoint_s=0)
+    config = dataclasses.replace(CONFIG, metric=metric, assign_share=assign_share)
+    sizes = dataclasses.replace(SIZES, nlist=60)
+    monkeypatch.setattr(kmeans, "MAX_EXACT", 20)  # on two levels an iteration depends on the lists of the one before
     sample = sample_of(*pieces)
-    whole = train_quantizer(open_store(str(tmp_path / "whole")), "t", sample, config, SIZES, "corpus")
+    whole = train_quantizer(open_store(str(tmp_path / "whole")), "t", sample, config, sizes, "corpus")
     iterations: list[int] = []
     keep = trainer.commit
 
@@ -107,11 +116,12 @@ def test_training_resumed_from_any_checkpoint_gives_the_same_bytes(
         store = open_store(str(tmp_path / str(stop_after)))
         iterations.clear()
         with pytest.raises(KeyboardInterrupt):
-            train_quantizer(store, "t", sample, config, SIZES, "corpus")
+            train_quantizer(store, "t", sample, config, sizes, "corpus")
         iterations.clear()
         iterations.extend([0] * 10)  # beyond stop_after
-        resumed = train_quantizer(store, "t", sample, config, SIZES, "corpus")
+        resumed = train_quantizer(store, "t", sample, config, sizes, "corpus")
         assert resumed.serialized == whole.serialized
+        assert resumed.assignment == whole.assignment
         assert iterations[10:] == list(range(stop_after, 5))
 
 
@@ -125,14 +135,15 @@ def test_checkpoints_of_another_corpus_are_refused_by_name(
         train_quantizer(store, "t", sample, CONFIG, SIZES, "corpus 2")
 
 
+@pytest.mark.parametrize("role", ["centroids", "lists"])
 def test_a_damaged_checkpoint_is_named(
-    pieces: tuple[Store, list[tuple[CommitRecord, list[int]]]], tmp_path: Path
+    pieces: tuple[Store, list[tuple[CommitRecord, list[int]]]], tmp_path: Path, role: str
 ) -> None:
     store = open_store(str(tmp_path))
     train_quantizer(store, "t", sample_of(*pieces), CONFIG, SIZES, "corpus")
     record = read_record(store, "t/coarse-004.json")
     assert record is not None
-    flip_bit(store, record.objects["centroids"].key, 77)
+    flip_bit(store, record.objects[role].key, 77)
     with pytest.raises(IntegrityError, match="coarse-004"):
         train_quantizer(store, "t", sample_of(*pieces), CONFIG, SIZES, "corpus")
 
@@ -151,6 +162,35 @@ def test_a_quantizer_reads_back_with_the_same_bytes_and_codes(
     assert (read.metric, read.d, read.nlist, read.M, read.nbits) == (metric, 16, 8, 4, nbits)
     for found, expected in zip(read.encode(sample), made.encode(sample), strict=True):
         assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("metric", ["ip", "l2"])
+def test_the_share_asked_for_goes_to_the_nearest_list_and_a_read_quantizer_assigns_alike(
+    pieces: tuple[Store, list[tuple[CommitRecord, list[int]]]], tmp_path: Path, metric: str
+) -> None:
+    sample = sample_of(*pieces)
+    config = dataclasses.replace(CONFIG, metric=metric, assign_share=0.9)
+    sizes = dataclasses.replace(SIZES, nlist=64)
+    store = open_store(str(tmp_path))
+    made = train_quantizer(store, "t", sample, config, sizes, "corpus")
+    assert np.isfinite(made.assignment.slack)
+    assert made.assignment.seed == config.seed
+    list_no, codes = made.encode(sample)
+    nearest = assign_nearest(sample, made.centroids_Kd, metric=metric)
+    # The sample is small enough to be measured as a whole.
+    assert (list_no == nearest).mean() == made.assignment.share
+    assert 0.9 <= made.assignment.share < 1
+    read = read_quantizer(store, made.write(store), ListAssignment.from_json(made.assignment.to_json()))
+    for rows in (sample, sample[:7], sample[500:].astype(np.float32)):
+        first = len(sample) - len(rows) if len(rows) > 7 else 0
+        for found, expected in zip(read.encode(rows), (list_no, codes), strict=True):
+            assert np.array_equal(found, expected[first : first + len(rows)])
+
+
+def test_an_assignment_comes_back_from_json_with_the_same_bits() -> None:
+    for assignment in (NEAREST, ListAssignment(0.1 + 0.2, 0.9700000000000001, 7), ListAssignment(0.0, 1.0, 2**63)):
+        text = json.dumps(assignment.to_json(), allow_nan=False)
+        assert ListAssignment.from_json(json.loads(text)) == assignment
 
 
 @given(words=st.lists(st.sampled_from(["flow", "été", "層", "x"]), max_size=40), seed=st.integers(0, 2**64 - 1))

@@ -37,10 +37,15 @@ def context_of(store: Store, run: str, tasks: Any = None, **settings: Any) -> An
     )
 
 
+def trained_record(made: Version) -> CommitRecord:
+    facts = {"assignment": made.quantizer.assignment.to_json()}
+    return CommitRecord("train quantizer", "x", "a", {"quantizer": made.quantizer.write(made.store)}, facts)
+
+
 def parts_of_build(
     context: Any, made: Version, shards: list[CommitRecord], segment: str = "s", corpus: str = "c" * 64
 ) -> list[PartRef]:
-    trained = CommitRecord("train quantizer", "x", "a", {"quantizer": made.quantizer.write(made.store)})
+    trained = trained_record(made)
     return index_build._parts(context, shards, trained, made.pieces, segment, corpus)
 
 
@@ -91,7 +96,7 @@ def test_a_part_that_was_committed_for_other_inputs_is_refused_by_name(made: Ver
 
 
 def test_a_shard_that_was_committed_for_other_inputs_is_refused_by_name(made: Version) -> None:
-    trained = CommitRecord("train quantizer", "x", "a", {"quantizer": made.quantizer.write(made.store)})
+    trained = trained_record(made)
     groups = index_build.group_pieces(made.pieces, made.rows, 300)
     context = context_of(made.store, "runs/u")
     shards = index_build._shards(context, groups, trained, "c" * 64)
@@ -107,7 +112,7 @@ def test_a_shard_that_was_committed_for_other_inputs_is_refused_by_name(made: Ve
 
 
 def test_shards_cut_otherwise_on_resume_are_built_again_not_mixed(made: Version) -> None:
-    trained = CommitRecord("train quantizer", "x", "a", {"quantizer": made.quantizer.write(made.store)})
+    trained = trained_record(made)
     expected = None
     for shard_rows in (200, 330, 10_000):
         context = context_of(made.store, "runs/v", shard_rows=shard_rows)

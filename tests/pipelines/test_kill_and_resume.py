@@ -56,10 +56,10 @@ def committed_pieces(store: Store) -> int:
     return sum("/pieces/" in key and key.endswith(".json") for key in store.list_keys("runs"))
 
 
-def kill_and_resume(corpus: str, root: str, points: list[str], ray_address: str) -> str:
+def kill_and_resume(corpus: str, root: str, points: list[str], ray_address: str, *settings: str) -> str:
     """content_digest after a build that was killed at each point in turn, and run once more."""
     store = open_store(root)
-    arguments = build_arguments([corpus], root)
+    arguments = build_arguments([corpus], root, *settings)
     for point in points:
         assert read_current(store) is None, f"something was published before {point}"
         killed = run_cli(*arguments, ray_address=ray_address, crash_at=point)
@@ -118,6 +118,22 @@ def test_one_and_two_workers_and_other_operational_settings_give_the_same_bytes(
     again = build_json([corpus], str(tmp_path / "two"), *settings, ray_address=ray_cluster)
     assert (two["published"], again["published"]) == (True, False)
     assert (again["version"], again["content_digest"]) == (two["version"], two["content_digest"])
+
+
+def test_lists_found_on_two_levels_are_the_same_for_other_workers_shards_and_a_resumed_training(
+    corpus: str, ray_cluster: str, tmp_path: Path
+) -> None:
+    two_level = ("index.assign_share=0.9", "index.nlist=24")
+    # Killed in training, in one process; the others are not disturbed.
+    resumed = kill_and_resume(corpus, str(tmp_path / "resumed"), ["checkpoint.before_record:3"], "", *two_level)
+    settings = (*two_level, "index.shard_rows=60", "index.train_threads=1")
+    one = build_json([corpus], str(tmp_path / "one"), *settings, ray_address=ray_cluster, workers=1)
+    two = build_json([corpus], str(tmp_path / "two"), *two_level, ray_address=ray_cluster, workers=2)
+    assert resumed == one["content_digest"] == two["content_digest"]
+    manifests = [open_current(open_store(str(tmp_path / root))) for root in ("resumed", "one", "two")]
+    assert manifests[0].assignment == manifests[1].assignment == manifests[2].assignment
+    assert manifests[0].assignment["slack"] is not None
+    assert manifests[0].assignment["share"] >= 0.9
 
 
 def test_a_resumed_run_encodes_only_what_was_not_committed(corpus: str, tmp_path: Path) -> None:
