@@ -175,7 +175,7 @@ def test_wrong_arguments_are_named() -> None:
         assign_topk(x, x, 6, metric="ip")
     with pytest.raises(ValueError, match="float64"):
         assign_nearest(x.astype(np.float64), x, metric="ip")
-    with pytest.raises(ValueError, match="precision must be one of float32, bf16, tf32, got 'fp8'"):
+    with pytest.raises(ValueError, match="precision must be one of auto, float32, bf16, tf32, got 'fp8'"):
         assign_nearest(x, x, metric="ip", precision="fp8")
     with pytest.raises(ValueError, match=r"D of centroids_KD \(7\), got 8"):
         assign_nearest(x, x[:, :7], metric="ip", precision="bf16")
