@@ -67,7 +67,7 @@ def assign_nearest(
         return assign_nearest_bf16(x_ND, centroids_KD, metric=metric)
     scaled_KD, bias_K = prepare_centroids(centroids_KD, metric)
     check_same_dims("x_ND", x_ND, "centroids_KD", centroids_KD.shape[1])
-    max_norm = float(torch.linalg.vector_norm(torch.from_numpy(centroids_KD.astype(np.float32)), dim=1).max())
+    max_norm = float(row_norms(centroids_KD.astype(np.float32)).max())
     list_no_N = np.empty(len(x_ND), np.int32)
 
     def assign_block(start: int) -> npt.NDArray[np.int64]:
@@ -76,7 +76,7 @@ def assign_nearest(
         best_B, second_B, column_B = _best_two(block_BD, scaled_KD, bias_K)
         check_scores(best_B, x_ND, start)
         list_no_N[start : start + len(block_BD)] = column_B
-        error_B = score_error(row_norms(block_BD), max_norm, block_BD.shape[1], metric, UNIT_ROUNDOFF_32)
+        error_B = score_error(row_norms(block_BD.numpy()), max_norm, block_BD.shape[1], metric, UNIT_ROUNDOFF_32)
         return start + np.flatnonzero(~(best_B.astype(np.float64) - second_B > 2.0 * error_B))
 
     undecided = run_blocks(assign_block, range(0, len(x_ND), block_rows))
@@ -140,9 +140,15 @@ def prepare_centroids(centroids_KD: FloatArray, metric: str) -> tuple[torch.Tens
     return scaled, bias_K
 
 
-def row_norms(block_BD: torch.Tensor) -> Float64Array:
-    """Norms of the rows, float64 [B]."""
-    return torch.linalg.vector_norm(block_BD, dim=1).numpy().astype(np.float64)
+def row_norms(block_BD: Float32Array) -> Float64Array:
+    """Norms of the rows, float64 [B]; squares of small values would vanish in float32."""
+    compiled = compiled_assign()
+    if compiled is not None:
+        norms_B: Float64Array = np.empty(len(block_BD))
+        compiled.row_norms(block_BD, norms_B)
+        return norms_B
+    wide_BD = block_BD.astype(np.float64)
+    return np.sqrt(np.einsum("bd,bd->b", wide_BD, wide_BD))
 
 
 def _best_two(
@@ -205,10 +211,12 @@ def score_error(
 
     n terms give at most n * u times the sum of their magnitudes (Higham, Accuracy and Stability of Numerical
     Algorithms, section 3.1), which Cauchy-Schwarz bounds by the norms; 4 more for the norm term and the roundings of
-    the bound itself, and the smallest normal number for each term that underflows.
+    the bound itself. In float32 also the smallest normal number for each term that underflows; in float64 no product of
+    two float32 values does.
     """
     magnitude_B = norms_B * max_norm if metric == "ip" else (2.0 * norms_B + max_norm) * max_norm
-    return (num_dims + 4) * (1.01 * unit_roundoff * magnitude_B + 2.0**-126)
+    underflow = 0.0 if unit_roundoff == UNIT_ROUNDOFF_64 else 2.0**-126
+    return (num_dims + 4) * (1.01 * unit_roundoff * magnitude_B + underflow)
 
 
 def _nearest_in_float64(

@@ -4,7 +4,7 @@ Shapes: N rows, K centroids, B rows of a block, D dimensions.
 
 The lists are those of float32: as in kernels/assign.py a fast product proposes, and float64 decides what its rounding
 cannot. Here every score gets a proven lower and an upper bound, and the centroids whose upper bound reaches the largest
-lower bound of a row are its candidates. Two things keep them few (1.2 to 1.4 a row for
+lower bound of a row are its candidates. Two things keep them few (about 1.5 a row for
 benchmarks/vectors.py's clustered vectors of 384 dimensions and 4,096 centroids):
 
 - Centroids count from their mean, and so do rows for "l2": values, and with them the roundings, get smaller, while the
@@ -37,15 +37,14 @@ from kernels.assign import (
     row_norms,
     score_error,
 )
-from kernels.assign_two_level import has_bfloat16
+from kernels.assign_two_level import PRODUCT_ROUNDING, has_bfloat16
 from kernels.blocks import check_finite, check_matrix, check_same_dims
 from kernels.threads import run_blocks
 
 Int32Array = npt.NDArray[np.int32]
 
-UNIT_ROUNDOFF_BF16 = 2.0**-9
-# Relative rounding of a product that is known after it, with a margin for the arithmetic of the bound itself.
-PRODUCT_ROUNDING = 1.01 * UNIT_ROUNDOFF_BF16
+# Centroids widened to float64 at a time.
+WIDEN_ROWS = 4096
 # Candidates a row of a block beyond which float32 decides it faster.
 MAX_CANDIDATES = 32
 
@@ -56,19 +55,24 @@ class _Centroids:
     def __init__(self, centroids_KD: FloatArray, metric: str) -> None:
         self.metric = metric
         self.exact_KD: Float32Array = np.ascontiguousarray(centroids_KD, np.float32)
-        wide_KD = self.exact_KD.astype(np.float64)
-        self.mean_D: Float32Array = wide_KD.mean(axis=0).astype(np.float32)
-        centred_KD = wide_KD - self.mean_D
+        self.mean_D: Float32Array = self.exact_KD.mean(axis=0, dtype=np.float64).astype(np.float32)
         scale = 2.0 if metric == "l2" else 1.0
+        self.typed_KD = torch.empty(self.exact_KD.shape, dtype=torch.bfloat16)
+        squares_K = np.empty(len(self.exact_KD))
+        self.max_typed = self.max_rounding = 0.0
+        for start in range(0, len(squares_K), WIDEN_ROWS):
+            stop = start + WIDEN_ROWS
+            centred_KD = self.exact_KD[start:stop].astype(np.float64) - self.mean_D
+            typed_KD = self.typed_KD[start:stop].copy_(torch.from_numpy(scale * centred_KD))
+            wide_KD = typed_KD.double().numpy()
+            squares_K[start:stop] = np.einsum("kd,kd->k", centred_KD, centred_KD)
+            self.max_typed = max(self.max_typed, float(np.linalg.norm(wide_KD, axis=1).max()))
+            roundings_K = np.linalg.norm(wide_KD - scale * centred_KD, axis=1)
+            self.max_rounding = max(self.max_rounding, float(roundings_K.max()))
         with np.errstate(over="ignore"):
-            self.typed_KD = torch.from_numpy((scale * centred_KD).astype(np.float32)).to(torch.bfloat16)
-        roundings_KD = self.typed_KD.double().numpy() - scale * centred_KD
-        squares_K = np.einsum("kd,kd->k", centred_KD, centred_KD)
-        self.bias_K = (-squares_K if metric == "l2" else np.zeros(len(wide_KD))).astype(np.float32)
+            self.bias_K = (-squares_K if metric == "l2" else np.zeros(len(squares_K))).astype(np.float32)
         self.max_centred = float(np.sqrt(squares_K.max()))
-        self.max_typed = float(np.linalg.norm(self.typed_KD.double().numpy(), axis=1).max())
-        self.max_rounding = float(np.linalg.norm(roundings_KD, axis=1).max())
-        self.max_norm = float(np.linalg.norm(wide_KD, axis=1).max())
+        self.max_norm = float(row_norms(self.exact_KD).max())
 
     def bounds(self, block: torch.Tensor) -> tuple[torch.Tensor, Float32Array]:
         """(the rows in bfloat16 [B, D], bound of their scores' error but for the product's own rounding float32 [B])."""
@@ -76,12 +80,14 @@ class _Centroids:
             block = block - torch.from_numpy(self.mean_D)
         typed = block.to(torch.bfloat16)
         num_dims = block.shape[1]
-        norms_B, rounding_B = row_norms(block), row_norms(block - typed)
+        norms_B, rounding_B = row_norms(block.numpy()), row_norms((block - typed).numpy())
         error_B = 1.01 * (rounding_B * self.max_typed + norms_B * self.max_rounding)
         # Sums and bias in float32, as if each were twice as long (rows are centred in float32); and bfloat16 numbers
         # below the smallest normal one, which the processor takes for zero.
         error_B += 4.0 * score_error(1.01 * norms_B, 1.01 * self.max_centred, num_dims, self.metric, UNIT_ROUNDOFF_32)
         error_B += num_dims * 2.0**-125 * (norms_B + self.max_typed)
+        # Float32 refuses a row with scores beyond it, which may be no such thing about the mean: it decides these rows.
+        error_B[(2.0 * norms_B + self.max_norm) * self.max_norm > 2.0**126] = np.inf
         return typed, (1.0001 * error_B).astype(np.float32)
 
 
@@ -93,9 +99,11 @@ def assign_nearest_bf16(x_ND: FloatArray, centroids_KD: FloatArray, *, metric: s
     check_matrix("x_ND", x_ND)
     prepare_centroids(centroids_KD, metric)  # for what it refuses
     check_same_dims("x_ND", x_ND, "centroids_KD", centroids_KD.shape[1])
-    exact, near_best = compiled_assign(), _compiled_bf16()
-    if exact is None or near_best is None or not has_bfloat16():
+    exact = compiled_assign()
+    if exact is None or not has_bfloat16():
         return assign_nearest(x_ND, centroids_KD, metric=metric, precision="float32")
+    from kernels import assign_bf16_compiled as near_best
+
     centroids = _Centroids(centroids_KD, metric)
     list_no_N = np.empty(len(x_ND), np.int32)
 
@@ -167,14 +175,5 @@ def _candidates(
 
 
 def _float64_errors(block_BD: Float32Array, centroids: _Centroids) -> Float64Array:
-    norms_B = row_norms(torch.from_numpy(block_BD))
+    norms_B = row_norms(block_BD)
     return score_error(norms_B, centroids.max_norm, block_BD.shape[1], centroids.metric, UNIT_ROUNDOFF_64)
-
-
-def _compiled_bf16() -> ModuleType | None:
-    """kernels.assign_bf16_compiled, or None where numba is not installed."""
-    try:
-        from kernels import assign_bf16_compiled
-    except ImportError:
-        return None
-    return assign_bf16_compiled

@@ -63,28 +63,36 @@ def _score_in_float64(x_D: Array, c_D: Array, squared: bool) -> float:
     return product
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
-def count_near_groups(scores_GB: Array, bias_G: Array, slack: float, best_B: Array, group_B: Array) -> int:
-    """Each row's best group score (float32 best_B) and group (int32 group_B), and about how many pairs are within slack.
+@njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract"})
+def row_norms(x_BD: Array, norms_B: Array) -> None:
+    """Norms of the rows (float32) in norms_B (float64)."""
+    for r in range(len(x_BD)):
+        squares = 0.0
+        for j in range(x_BD.shape[1]):
+            squares += np.float64(x_BD[r, j]) * np.float64(x_BD[r, j])
+        norms_B[r] = np.sqrt(squares)
 
-    The number is at least that of the (row, group) pairs within slack of the row's best.
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def count_near_groups(scores_GB: Array, bias_G: Array, slack: float, best_B: Array) -> int:
+    """Each row's best group score (float32 best_B), and how many (row, group) scores are within slack of it.
+
+    By the float32 scores as they are: a little more or less than the pairs that rows_of_groups finds.
     """
     num_groups, num_rows = scores_GB.shape
     best_B[:] = -np.inf
-    group_B[:] = 0
     for g in range(num_groups):
         for r in range(num_rows):
             score = scores_GB[g, r] + bias_G[g]
-            group_B[r] = np.int32(g) if score > best_B[r] else group_B[r]
             best_B[r] = score if score > best_B[r] else best_B[r]
     margin = np.float32(slack * 1.01 + 1e-30)
     pairs: Any = 0
     for g in range(num_groups):
-        found = np.float32(0.0)  # exact up to 2^24 rows, and in the lanes
+        found = np.int32(0)
         for r in range(num_rows):
             score = scores_GB[g, r] + bias_G[g]
-            found += np.float32(1.0) if score >= best_B[r] - margin else np.float32(0.0)
-        pairs += int(found)
+            found += np.int32(score >= best_B[r] - margin)
+        pairs += found
     return pairs
 
 
@@ -94,18 +102,14 @@ def rows_of_groups(
     bias_G: Array,
     slack: float,
     best_B: Array,
-    group_B: Array,
     error_B: Array,
     x_BD: Array,
     group_centroids_GD: Array,
     squared: bool,
     starts_G: Array,
     rows: Array,
-    own_B: Array,
 ) -> bool:
     """Rows of each group that is within `slack` of the row's best, ascending: rows[starts_G[g] : starts_G[g + 1]].
-
-    But for group_B of the row: own_B (bool) says whether that is within slack, as the best in float32 nearly always is.
 
     rows int64 and starts_G int64 [G + 1] are overwritten; False when `rows` is too short. A pair whose float32 scores
     (bounds of their error in error_B, float64) cannot tell is decided by float64 scores.
@@ -128,89 +132,10 @@ def rows_of_groups(
                             exact = _score_in_float64(x_BD[r], group_centroids_GD[other], squared)
                             exact_best_B[r] = max(exact_best_B[r], exact)
                 near = _score_in_float64(x_BD[r], group_centroids_GD[g], squared) >= exact_best_B[r] - slack
-            if group_B[r] == g:
-                own_B[r] = near
-                near = False
             rows[place] = r
             place += near
     starts_G[num_groups] = place
     return True
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def raise_lower_bounds(
-    scores_KR: Array,
-    bias_K: Array,
-    rows_R: Array,
-    offset_B: Array,
-    error_B: Array,
-    slope_B: Array,
-    radius: float,
-    bound_B: Array,
-    scratch_R: Array,
-) -> None:
-    """Raises bound_B (float32), below which no row's best score lies, by a tile of scores (float32 [>= K, >= R]).
-
-    A pair's score is scores_KR + bias_K + offset_B of its row, within error_B + radius * slope_B of the true one; row r
-    of the tile is rows_R[r] of the block. scratch_R: float32, at least R, overwritten.
-    """
-    num_columns, num_rows = len(bias_K), len(rows_R)
-    for r in range(num_rows):
-        scratch_R[r] = scores_KR[0, r] + bias_K[0]
-    for k in range(1, num_columns):
-        for r in range(num_rows):
-            score = scores_KR[k, r] + bias_K[k]
-            scratch_R[r] = score if score > scratch_R[r] else scratch_R[r]
-    for r in range(num_rows):
-        row = rows_R[r]
-        bound = scratch_R[r] + offset_B[row] - (error_B[row] + radius * slope_B[row])
-        if bound > bound_B[row]:
-            bound_B[row] = bound
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def find_candidates(
-    scores_KR: Array,
-    bias_K: Array,
-    rows_R: Array,
-    offset_B: Array,
-    error_B: Array,
-    slope_B: Array,
-    radius: float,
-    bound_B: Array,
-    scratch_R: Array,
-    members_K: Array,
-    candidates: Array,
-    uppers: Array,
-    found: int,
-) -> int:
-    """Appends (row, centroid) of the pairs that may be the row's best to candidates (int32 [2, any]) at `found`.
-
-    Arguments as raise_lower_bounds; members_K int32 names the columns; uppers (float32 [any]) gets the upper bounds of
-    the scores. The new number of candidates; -1 when there is no room.
-    """
-    num_columns, num_rows = len(bias_K), len(rows_R)
-    for r in range(num_rows):
-        row = rows_R[r]
-        scratch_R[r] = bound_B[row] - offset_B[row] - (error_B[row] + radius * slope_B[row])
-    for k in range(num_columns):
-        for start in range(0, num_rows, 64):
-            stop = min(start + 64, num_rows)
-            hits = np.float32(0.0)
-            for r in range(start, stop):
-                hits += np.float32(1.0) if scores_KR[k, r] + bias_K[k] >= scratch_R[r] else np.float32(0.0)
-            if hits > 0:
-                if found + 64 > candidates.shape[1]:
-                    return -1
-                for r in range(start, stop):
-                    if scores_KR[k, r] + bias_K[k] >= scratch_R[r]:
-                        candidates[0, found] = rows_R[r]
-                        candidates[1, found] = members_K[k]
-                        row = rows_R[r]
-                        excess = scores_KR[k, r] + bias_K[k] - scratch_R[r]
-                        uppers[found] = bound_B[row] + excess
-                        found += 1
-    return found
 
 
 @njit(nogil=True, cache=True, error_model="numpy")

@@ -39,10 +39,26 @@ Int64Array = npt.NDArray[np.int64]
 
 # Rows of a block: few enough for the shared cache, which they are gathered from several times, and many enough that
 # those that look at one group make a matrix product of some size.
-# There are MIN_BLOCKS for the threads to share, or blocks of MIN_BLOCK_ROWS. None of it changes a list.
-BLOCK_BYTES, MIN_BLOCK_ROWS, MIN_BLOCKS = 12 << 20, 2048, 8
+# There are BLOCKS_PER_THREAD of them, or blocks of MIN_BLOCK_ROWS. None of it changes a list.
+BLOCK_BYTES, MIN_BLOCK_ROWS, BLOCKS_PER_THREAD = 12 << 20, 2048, 2
 # Shapes of the products are multiples of these (see _padded).
 MEMBER_STEP, ROW_STEP = 16, 64
+UNIT_ROUNDOFF_BF16 = 2.0**-8  # 8 bits of significand, one of them implicit
+# Relative rounding of a product that is known after it, with a margin for the arithmetic of the bound itself.
+PRODUCT_ROUNDING = 1.01 * UNIT_ROUNDOFF_BF16
+
+
+@dataclass(frozen=True, eq=False)
+class Deviations:
+    """Centroids less their group's centroid, group by group and padded (twice that for l2): [>= K, D].
+
+    A centroid's product with a row is that of its group's centroid and that of the deviation, which is small and so has
+    a small rounding error even in bfloat16.
+    """
+
+    typed_KD: torch.Tensor  # float32 or bfloat16
+    largest_norm_G: Float64Array  # of each group's, and of what the type rounds off, a little up
+    largest_rounding_G: Float64Array
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,41 +76,39 @@ class CentroidGroups:
         return len(self.group_centroids_GD)
 
     @cached_property
-    def _deviations(self) -> torch.Tensor:
-        """Centroids less their group's centroid, group by group and padded (twice that for l2), float32 [>= K, D].
-
-        A centroid's product with a row is that of its group's centroid and that of the deviation, which is small and
-        so has a small rounding error even in bfloat16.
-        """
-        group_K = np.repeat(np.arange(self.num_groups), np.diff(self.starts))
-        deviations_KD = self.centroids_KD[self.members] - self.group_centroids_GD[group_K]
-        padded = torch.zeros((int(self.padded_starts[-1]), self.centroids_KD.shape[1]))
-        place_K = np.arange(len(group_K)) + (self.padded_starts - self.starts)[group_K]
-        padded[torch.from_numpy(place_K)] = torch.from_numpy(deviations_KD) * (2.0 if self.metric == "l2" else 1.0)
-        return padded
-
-    @cached_property
     def padded_starts(self) -> Int64Array:
         """`starts` of groups that zeros fill up to a multiple of MEMBER_STEP, int64 [G + 1]."""
         return np.concatenate([[0], np.cumsum(-(-np.diff(self.starts) // MEMBER_STEP) * MEMBER_STEP)])
 
     @cached_property
-    def _bfloat16_deviations(self) -> torch.Tensor:
-        return self._deviations.to(torch.bfloat16)
+    def _float32_deviations(self) -> Deviations:
+        return self._typed_deviations(torch.float32)
 
-    def deviations(self, dtype: torch.dtype) -> torch.Tensor:
-        return self._bfloat16_deviations if dtype == torch.bfloat16 else self._deviations
+    @cached_property
+    def _bfloat16_deviations(self) -> Deviations:
+        return self._typed_deviations(torch.bfloat16)
+
+    def deviations(self, dtype: torch.dtype) -> Deviations:
+        return self._bfloat16_deviations if dtype == torch.bfloat16 else self._float32_deviations
+
+    def _typed_deviations(self, dtype: torch.dtype) -> Deviations:
+        scale = 2.0 if self.metric == "l2" else 1.0
+        typed_KD = torch.zeros((int(self.padded_starts[-1]), self.centroids_KD.shape[1]), dtype=dtype)
+        norm_G, rounding_G = np.empty(self.num_groups), np.empty(self.num_groups)
+        for g, place in enumerate(self.padded_starts[:-1].tolist()):
+            members = self.members[self.starts[g] : self.starts[g + 1]]
+            exact = self.centroids_KD[members].astype(np.float64) - self.group_centroids_GD[g]
+            typed = typed_KD[place : place + len(members)]
+            typed.copy_(torch.from_numpy(scale * exact))
+            wide = typed.double().numpy()
+            norm_G[g] = np.linalg.norm(wide, axis=1).max()
+            rounding_G[g] = np.linalg.norm(wide - scale * exact, axis=1).max()
+        return Deviations(typed_KD, 1.01 * norm_G, 1.01 * rounding_G)
 
     @cached_property
     def member_bias(self) -> Float32Array:
         """What is added to the products of the members, float32 [K], group by group."""
         return prepare_centroids(self.centroids_KD[self.members], self.metric)[1]
-
-    @cached_property
-    def radii(self) -> Float32Array:
-        """Largest norm of each group's deviations, float32 [G], rounded up."""
-        norms_K = torch.linalg.vector_norm(self._deviations.double(), dim=1).numpy()
-        return (np.maximum.reduceat(norms_K, self.padded_starts[:-1]) * (1 + 1e-6)).astype(np.float32)
 
     @cached_property
     def scaled_groups(self) -> tuple[torch.Tensor, Float32Array]:
@@ -103,8 +117,8 @@ class CentroidGroups:
     @cached_property
     def max_norms(self) -> tuple[float, float]:
         """Largest norm of the group centroids and of the centroids."""
-        norms = [np.linalg.norm(c.astype(np.float64), axis=1) for c in (self.group_centroids_GD, self.centroids_KD)]
-        return float(norms[0].max()), float(norms[1].max())
+        group_norms_G, norms_K = row_norms(self.group_centroids_GD), row_norms(self.centroids_KD)
+        return float(group_norms_G.max()), float(norms_K.max())
 
 
 def form_groups(centroids_KD: Float32Array, group_centroids_GD: Float32Array, *, metric: str) -> CentroidGroups:
@@ -134,11 +148,13 @@ def assign_two_level(
         return assign_nearest(x_ND, groups.centroids_KD, metric=groups.metric)
     check_matrix("x_ND", x_ND)
     check_same_dims("x_ND", x_ND, "the centroids", groups.centroids_KD.shape[1])
-    few_rows = -(-len(x_ND) // MIN_BLOCKS)
+    few_rows = -(-len(x_ND) // (BLOCKS_PER_THREAD * torch.get_num_threads()))
     block_rows = max(MIN_BLOCK_ROWS, min(few_rows, BLOCK_BYTES // (4 * x_ND.shape[1])))
     list_no_N = np.empty(len(x_ND), np.int32)
     compiled = compiled_assign()
     scratch = threading.local()
+    if compiled is not None:
+        groups.deviations(_product_type())  # once, and not by each thread
 
     def assign_block(start: int) -> None:
         block_BD = np.array(x_ND[start : start + block_rows], dtype=np.float32, order="C")
@@ -188,43 +204,47 @@ def _assign_block(
 ) -> Int32Array:
     """The lists of a block's rows. Matrix products, in bfloat16 where the processor has it, bound every score from both
     sides; the few pairs that may be a row's best go to float64."""
+    from kernels import assign_bf16_compiled as near_best
+
     num_rows, num_dims = block_BD.shape
     block = torch.from_numpy(block_BD)
-    norms_B = row_norms(block)
-    pairs, offsets_GB = _pairs(block, norms_B, groups, slack, compiled)
-    dtype = torch.bfloat16 if has_bfloat16() else torch.float32
-    typed, deviations_KD = block.to(dtype), groups.deviations(dtype)
+    norms_B = row_norms(block_BD)
+    starts_G, rows, offsets_GB = _pairs(block, norms_B, groups, slack, compiled)
+    dtype = _product_type()
+    bits, rounding = (np.uint16, PRODUCT_ROUNDING) if dtype == torch.bfloat16 else (np.uint32, 0.0)
+    typed, deviations = block.to(dtype), groups.deviations(dtype)
+    errors = error_B, *_ = _score_errors(block, typed, norms_B, groups)
     bound_B = np.full(num_rows, -np.inf, np.float32)
-    scratch_R = np.empty(num_rows, np.float32)
-    error_B, slope_B = _score_errors(norms_B, groups, dtype)
     candidates, uppers = np.empty((2, 8 * num_rows + 64), np.int32), np.empty(8 * num_rows + 64, np.float32)
     found = 0
     members, padded = groups.starts.tolist(), groups.padded_starts.tolist()
-    # First every row with its best group, which bounds the row's score well: few pairs of the other groups come near.
-    for starts_G, rows in pairs:
-        widths_G = _padded(np.diff(starts_G))
-        starts = starts_G.tolist()
-        gathered = _buffer(scratch, "gathered", int(widths_G.max()) * num_dims, dtype)
-        size = int((widths_G * np.diff(groups.padded_starts)).max())
-        product, widened = _buffer(scratch, "product", size, dtype), _buffer(scratch, "widened", size, torch.float32)
-        for g in np.flatnonzero(widths_G).tolist():
-            rows_R, width = rows[starts[g] : starts[g + 1]], int(widths_G[g])
-            rows_RD = gathered[: width * num_dims].view(width, num_dims)
-            torch.index_select(typed, 0, torch.from_numpy(rows_R), out=rows_RD[: len(rows_R)])
-            shape = (padded[g + 1] - padded[g], width)
-            scores_KR = product[: shape[0] * width].view(shape)
-            torch.mm(deviations_KD[padded[g] : padded[g + 1]], rows_RD.t(), out=scores_KR)
-            if dtype != torch.float32:
-                scores_KR = widened[: shape[0] * width].view(shape).copy_(scores_KR)
-            bias_K = groups.member_bias[members[g] : members[g + 1]]
-            members_K = groups.members[members[g] : members[g + 1]]
-            errors = (offsets_GB[g], error_B, slope_B, groups.radii[g])
-            arguments = (scores_KR.numpy(), bias_K, rows_R, *errors, bound_B, scratch_R)
-            compiled.raise_lower_bounds(*arguments)
-            while (more := compiled.find_candidates(*arguments, members_K, candidates, uppers, found)) < 0:
-                candidates = np.concatenate([candidates, np.empty_like(candidates)], axis=1)
-                uppers = np.concatenate([uppers, np.empty_like(uppers)])
-            found = more
+    widths_G = _padded(np.diff(starts_G))
+    starts = starts_G.tolist()
+    gathered = _buffer(scratch, "gathered", int(widths_G.max()) * num_dims, dtype)
+    product = _buffer(scratch, "product", int((widths_G * np.diff(groups.padded_starts)).max()), dtype)
+    for g in np.flatnonzero(widths_G).tolist():
+        rows_R, width = rows[starts[g] : starts[g + 1]], int(widths_G[g])
+        rows_RD = gathered[: width * num_dims].view(width, num_dims)
+        torch.index_select(typed, 0, torch.from_numpy(rows_R), out=rows_RD[: len(rows_R)])
+        shape = (padded[g + 1] - padded[g], width)
+        products_KR = product[: shape[0] * width].view(shape)
+        torch.mm(deviations.typed_KD[padded[g] : padded[g + 1]], rows_RD.t(), out=products_KR)
+        arguments = (
+            products_KR.view(torch.int16 if bits == np.uint16 else torch.int32).numpy().view(bits),
+            groups.member_bias[members[g] : members[g + 1]],
+            rounding,
+            rows_R,
+            groups.members[members[g] : members[g + 1]],
+            offsets_GB[g],
+            *errors,
+            deviations.largest_norm_G[g],
+            deviations.largest_rounding_G[g],
+            bound_B,
+        )
+        while (more := near_best.find_near_best_of_group(*arguments, candidates, uppers, found)) < 0:
+            candidates = np.concatenate([candidates, np.empty_like(candidates)], axis=1)
+            uppers = np.concatenate([uppers, np.empty_like(uppers)])
+        found = more
     if not np.isfinite(bound_B).all():
         raise ScoreError
     nearest_B = np.empty(num_rows, np.int32)
@@ -251,17 +271,24 @@ def _padded(sizes: Int64Array) -> Int64Array:
 
 
 def _score_errors(
-    norms_B: Float64Array, groups: CentroidGroups, dtype: torch.dtype
-) -> tuple[Float32Array, Float32Array]:
-    """(error, slope) float32 [B], rounded up: a row's scores with members of group g are within error + slope * radius g.
+    block: torch.Tensor, typed: torch.Tensor, norms_B: Float64Array, groups: CentroidGroups
+) -> tuple[Float32Array, Float32Array, Float32Array]:
+    """(error, rounding, norm) float32 [B], rounded up, such that but for the rounding of the bfloat16 product itself a
+    row's scores are within error + rounding * largest_norm_G + norm * largest_rounding_G of the true ones.
 
-    Float32: the products of both parts and their sum, as kernels.assign.score_error. Bfloat16 besides: a rounding of
-    each factor and of the result, each at most 2^-9 of the product of the norms.
+    With x^ and d^ for what the type makes of row and deviation, xd - x^d^ = (x - x^) d^ + x (d - d^), and Cauchy-Schwarz.
+    error: sums in float32, of the products of both parts and their sum, as kernels.assign.score_error; and numbers below
+    bfloat16's smallest normal one, which the processor takes for zero.
     """
-    largest, num_dims = max(groups.max_norms), groups.centroids_KD.shape[1]
-    error_B = 4.0 * score_error(norms_B, largest, num_dims, groups.metric, UNIT_ROUNDOFF_32)
-    slope_B = 3.03 * 2.0**-9 * norms_B if dtype == torch.bfloat16 else np.zeros_like(norms_B)
-    return (1.0001 * error_B).astype(np.float32), (1.0001 * slope_B).astype(np.float32)
+    largest, num_dims = max(groups.max_norms), block.shape[1]
+    error_B = 4.0 * score_error(1.01 * norms_B, 1.01 * largest, num_dims, groups.metric, UNIT_ROUNDOFF_32)
+    rounding_B = np.zeros_like(norms_B)
+    if typed.dtype == torch.bfloat16:
+        rounding_B = row_norms((block - typed).numpy())
+        error_B += num_dims * 2.0**-125 * (norms_B + 4.0 * largest)
+    with np.errstate(over="ignore"):  # bounds that are not finite are looked for
+        error, rounding, norm = ((1.01 * each).astype(np.float32) for each in (error_B, rounding_B, norms_B))
+    return error, rounding, norm
 
 
 def _keep_nearer(
@@ -285,30 +312,25 @@ def _keep_nearer(
 
 def _pairs(
     block: torch.Tensor, norms_B: Float64Array, groups: CentroidGroups, slack: float, compiled: Any
-) -> tuple[list[tuple[Int64Array, Int64Array]], Float32Array]:
-    """Which rows look at which group, and the products [G, B] of the rows with the scaled group centroids.
+) -> tuple[Int64Array, Int64Array, Float32Array]:
+    """(starts [G + 1], rows, products [G, B] of the rows with the scaled group centroids).
 
-    Two times (starts [G + 1], rows): rows[starts[g] : starts[g + 1]] of the block look at group g, first because it is
-    their best, then because it is within slack of their best.
+    rows[starts[g] : starts[g + 1]] of the block look at group g, which is within slack of their best.
     """
     scaled_GD, bias_G = groups.scaled_groups
     products_GB: Float32Array = torch.mm(scaled_GD, block.t()).numpy()
-    best_B, group_B = np.empty(len(block), np.float32), np.empty(len(block), np.int32)
-    num_pairs = compiled.count_near_groups(products_GB, bias_G, slack, best_B, group_B)
+    best_B = np.empty(len(block), np.float32)
+    num_pairs = compiled.count_near_groups(products_GB, bias_G, slack, best_B)
     if not np.isfinite(best_B).all():
         raise ScoreError
     error_B = score_error(norms_B, groups.max_norms[0], block.shape[1], groups.metric, UNIT_ROUNDOFF_32)
     starts_G = np.empty(groups.num_groups + 1, np.int64)
     # A group's rows are written before they are counted, hence the room for one more group.
     rows = np.empty(num_pairs + 2 * len(block), np.int64)
-    arguments = (products_GB, bias_G, slack, best_B, group_B, error_B, block.numpy(), groups.group_centroids_GD)
-    own_B = np.empty(len(block), np.bool_)
-    while not compiled.rows_of_groups(*arguments, groups.metric == "l2", starts_G, rows, own_B):
+    arguments = (products_GB, bias_G, slack, best_B, error_B, block.numpy(), groups.group_centroids_GD)
+    while not compiled.rows_of_groups(*arguments, groups.metric == "l2", starts_G, rows):
         rows = np.empty(2 * len(rows), np.int64)
-    own_rows = np.flatnonzero(own_B)
-    own_rows = own_rows[np.argsort(group_B[own_rows], kind="stable")]
-    own_starts_G = np.concatenate([[0], np.cumsum(np.bincount(group_B[own_rows], minlength=groups.num_groups))])
-    return [(own_starts_G, own_rows), (starts_G, rows)], products_GB
+    return starts_G, rows, products_GB
 
 
 def _assign_in_float64(block_BD: Float32Array, groups: CentroidGroups, slack: float) -> Int32Array:
@@ -338,6 +360,10 @@ def _float64_scores(wide_BD: Float64Array, centroids_KD: Float32Array, metric: s
     if metric == "ip":
         return products_BK
     return 2.0 * products_BK - np.einsum("kd,kd->k", wide_KD, wide_KD)
+
+
+def _product_type() -> torch.dtype:
+    return torch.bfloat16 if has_bfloat16() else torch.float32
 
 
 @lru_cache(maxsize=1)

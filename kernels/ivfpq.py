@@ -126,9 +126,17 @@ def encode_blocks(
 
     Holds a block of vectors at a time, and lets go of the pages of a read-only memory-mapped file as it goes, so the
     memory is bounded whatever N is. The lists and codes do not depend on the budget.
+    Raises ValueError when what the quantizer holds and a block of one vector would not fit in budget_bytes.
     """
     check_matrix("x_ND", x_ND)
-    block_rows = max(1, budget_bytes // BLOCK_SHARE // (4 * x_ND.shape[1]))
+    nlist, num_dims = quantizer.centroids_KD.shape
+    own_bytes, row_bytes = quantizer_bytes(nlist, num_dims), BLOCK_SHARE * 4 * num_dims
+    if own_bytes + row_bytes > budget_bytes:
+        raise ValueError(
+            f"encoding must fit in budget_bytes ({budget_bytes}), but a quantizer of {nlist} lists and {num_dims}"
+            f" dimensions needs about {own_bytes}, and {row_bytes} more for a vector at a time: give more"
+        )
+    block_rows = (budget_bytes - own_bytes) // row_bytes
     for start in range(0, len(x_ND), block_rows):
         list_no_B, codes = quantizer.encode(x_ND[start : start + block_rows])
         release_pages(x_ND)
@@ -140,6 +148,12 @@ def training_bytes(num_rows: int, num_dims: int, nlist: int, nbits: int = 8) -> 
     sums = 8 * nlist * num_dims  # float64; a handful of partial sums are alive at once
     pq_rows = min(num_rows, ROWS_PER_CODEWORD[-1] << nbits)
     return 4 * num_rows * num_dims + max(6 * sums + (256 << 20), 3 * 4 * pq_rows * num_dims)
+
+
+def quantizer_bytes(nlist: int, num_dims: int) -> int:
+    """About what a quantizer of so many lists makes of its centroids to find lists: copies in float32 and float64 while
+    they are put in groups or made ready, and deviations from the groups' centroids in the type that products are in."""
+    return (4 + 8 + 4) * nlist * num_dims
 
 
 def release_pages(x_ND: npt.NDArray[Any]) -> None:

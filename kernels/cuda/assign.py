@@ -119,13 +119,16 @@ def error_bound(prepared: Prepared, unit_roundoff: float, operand_roundoff: floa
     """(slope, offset): a row's scores are within slope * norm + offset of the exact ones.
 
     As kernels.assign.score_error; operands rounded before they are multiplied add twice their roundoff and its square.
+    In float32 the norm may lack what the squares of small values lose: less than 2^-126 each.
     """
     num_dims = prepared.centroids_KD.shape[1]
     factor = (num_dims + 4) * 1.01 * unit_roundoff + 1.01 * operand_roundoff * (2.0 + operand_roundoff)
-    tiny = (num_dims + 4) * 2.0**-126
-    if prepared.metric == "ip":
-        return factor * prepared.max_norm, tiny
-    return 2.0 * factor * prepared.max_norm, factor * prepared.max_norm**2 + tiny
+    slope, offset = factor * prepared.max_norm, 0.0
+    if prepared.metric == "l2":
+        slope, offset = 2.0 * slope, factor * prepared.max_norm**2
+    if unit_roundoff != UNIT_ROUNDOFF_64:
+        offset += (num_dims + 4) * 2.0**-126 + slope * num_dims**0.5 * 2.0**-63
+    return slope, offset
 
 
 def _propose(x_ND: Any, kind: int, prepared: Prepared, list_no_N: Any, found: Any) -> Any:

@@ -113,7 +113,7 @@ def test_lists_do_not_depend_on_the_cut_of_the_rows_or_threads(metric: str, monk
             np.testing.assert_array_equal(assign_two_level(x, groups, slack=0.05), whole)
     finally:
         torch.set_num_threads(threads)
-    for name, value in (("BLOCK_BYTES", 1), ("MIN_BLOCK_ROWS", 500), ("MIN_BLOCKS", 50)):
+    for name, value in (("BLOCK_BYTES", 1), ("MIN_BLOCK_ROWS", 500), ("BLOCKS_PER_THREAD", 50)):
         monkeypatch.setattr(module, name, value)
         np.testing.assert_array_equal(assign_two_level(x[:3000], groups, slack=0.05), whole[:3000])
 

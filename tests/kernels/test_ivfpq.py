@@ -13,7 +13,7 @@ import torch
 from kernels import ivfpq as module
 from kernels.assign import assign_nearest
 from kernels.assign_two_level import assign_two_level
-from kernels.ivfpq import IvfPq, encode_blocks, train_ivfpq, training_bytes
+from kernels.ivfpq import IvfPq, encode_blocks, quantizer_bytes, train_ivfpq, training_bytes
 from tests.kernels.array_paths import metrics, taken
 
 Float32Array = npt.NDArray[np.float32]
@@ -136,9 +136,10 @@ def test_blocks_give_what_one_go_gives_and_a_mapped_file_what_an_array_gives(
     assert same_bits(train_ivfpq(mapped, **settings), quantizer)
     assert same_bits(train_ivfpq(mapped, **settings, budget_bytes=400 << 20), quantizer)
     list_no_N, codes = quantizer.encode(x)
+    own_bytes, row_bytes = quantizer_bytes(50, 24), module.BLOCK_SHARE * 4 * 24
     for source in (x, mapped):
-        for budget_bytes, least in ((module.BLOCK_SHARE * 4 * 24 * 777, 7), (2 << 30, 1), (1, 5000)):
-            few = source if budget_bytes > 1 else source[:40]
+        for budget_bytes, least in ((own_bytes + row_bytes * 777, 7), (2 << 30, 1), (own_bytes + row_bytes, 5000)):
+            few = source if least < 5000 else source[:40]
             blocks = list(encode_blocks(few, quantizer, budget_bytes=budget_bytes))
             assert len(blocks) == min(least, len(few))
             assert [start for start, _, _ in blocks] == [
@@ -194,6 +195,13 @@ def test_a_budget_that_training_does_not_fit_in_is_refused_before_anything_is_re
         train_ivfpq(x, nlist=40_000, M=8, metric="l2", seed=0)
     with pytest.raises(ValueError, match=r"must fit in budget_bytes \(1000\)"):
         train_ivfpq(rows(100, 8), nlist=4, M=2, metric="l2", seed=0, budget_bytes=1000)
+
+
+def test_a_budget_that_the_quantizer_does_not_fit_in_is_refused_by_encoding() -> None:
+    x = rows(100, 8)
+    quantizer = train_ivfpq(x, nlist=40, M=2, nbits=4, metric="l2", seed=0)
+    with pytest.raises(ValueError, match=r"must fit in budget_bytes \(5000\), but a quantizer of 40 lists and 8"):
+        next(encode_blocks(x, quantizer, budget_bytes=5000))
 
 
 def test_stages_are_told_in_their_order() -> None:
