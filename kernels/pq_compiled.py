@@ -164,9 +164,9 @@ def _nearest_in_float64(w: Array, r: int, words_SK: Array, norms_K: Array, score
             scores_K[k] += 2.0 * x * words_SK[j, k]
     for k in range(num_codewords):
         best = max(best, scores_K[k])
-    # As kernels.assign.score_error.
+    # As kernels.assign.score_error: in float64 nothing underflows.
     magnitude = (2.0 * np.sqrt(squared_norm) + np.sqrt(largest_norm)) * np.sqrt(largest_norm)
-    least = best - 2.0 * (sub_dims + 4) * (1.01 * UNIT_ROUNDOFF_64 * magnitude + 2.0**-126)
+    least = best - 2.0 * (sub_dims + 4) * 1.01 * UNIT_ROUNDOFF_64 * magnitude
     k = 0
     while scores_K[k] < least:
         k += 1
