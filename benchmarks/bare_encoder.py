@@ -16,14 +16,14 @@ from typing import Any
 import pyarrow as pa
 
 from operators.chunker import ChunkConfig, Chunker
+from operators.cleaner import CleanConfig, Cleaner
 from operators.encoder import Encoder
-from operators.model import resolve_model
+from operators.encoding.encode_config import EncodeConfig, configured_model
 from operators.piece_store import vectors_of
 from operators.sources.listing import list_sources
 from operators.sources.pieces import plan_pieces
 from operators.sources.read_config import ReadConfig
 from operators.sources.readers import PieceReader
-from operators.text_encoder import EncodeConfig
 
 END_TIMEOUT_S = 3600.0
 # Ray 2.60 starts its workers at niceness 15 (unless this variable is set). On a machine that also does other work the
@@ -41,13 +41,13 @@ class BareRun:
 
 
 def write_pieces(source: str, folder: Path, read: ReadConfig) -> list[Path]:
-    """Arrow files with the rows (texts) of the pieces of `source`, in source order."""
+    """Arrow files with the rows (texts, as nothing is set to be cleaned) of the pieces of `source`, in source order."""
     folder.mkdir(parents=True, exist_ok=True)
-    reader = PieceReader(read)
+    reader, cleaner = PieceReader(read), Cleaner(CleanConfig())
     files = []
     for number, piece in enumerate(plan_pieces(list_sources([source]).objects, read).pieces({})):
         files.append(folder / f"{number:05d}.arrow")
-        _write(files[-1], reader.read(piece).rows)
+        _write(files[-1], cleaner(reader.read(piece).rows)[0])
     return files
 
 
@@ -87,8 +87,8 @@ def _work(
     files: list[Path], chunk: ChunkConfig, encode: EncodeConfig, barrier: Any, following: Any, results: Any
 ) -> None:
     os.nice(max(0, int(os.environ.get(RAY_NICENESS_VARIABLE, RAY_NICENESS)) - os.nice(0)))
-    model = resolve_model(encode.model)
-    chunker, encoder = Chunker(chunk, model, encode.pooling), Encoder(encode, model)
+    spec = configured_model(encode)
+    chunker, encoder = Chunker(chunk, spec), Encoder(encode, spec)
     chunker.setup()
     encoder.setup()
     pieces = [_read(file) for file in files]
@@ -102,7 +102,7 @@ def _work(
             following.value += 1
         if number >= len(pieces):
             break
-        chunks, _ = chunker(pieces[number])
+        chunks, *_ = chunker(pieces[number])
         started = time.monotonic()
         done[number] = encoder(chunks)
         busy += time.monotonic() - started

@@ -34,9 +34,9 @@ from benchmarks.report import environment, spread, write_report
 from benchmarks.texts import short_texts, write_corpus
 from cluster.session import ClusterConfig, Session, connect
 from operators.artifact.index import Index
+from operators.encoding.encode_config import resolve_precision
 from operators.errors import IntegrityError
 from operators.storage.store import open_store
-from operators.text_encoder import resolve_precision
 from pipelines import build as build_module
 from pipelines.config import RunConfig, load_config
 from pipelines.progress import RunProgress

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import subprocess
 import time
-from importlib.metadata import version
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-PACKAGES = ("torch", "transformers", "ray", "pyarrow", "numpy", "faiss-cpu", "tokenizers")
+PACKAGES = ("torch", "transformers", "ray", "pyarrow", "numpy", "faiss-cpu", "tokenizers", "sentence-transformers")
 
 
 def environment() -> dict[str, Any]:
@@ -22,7 +24,7 @@ def environment() -> dict[str, Any]:
     return {
         "commit": commit(),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **installed(PACKAGES)},
         "hardware": {
             "cpu": _field("/proc/cpuinfo", "model name") or platform.machine(),
             "cores": os.cpu_count(),
@@ -32,6 +34,15 @@ def environment() -> dict[str, Any]:
         },
         "load_average_before": round(os.getloadavg()[0], 2),
     }
+
+
+def installed(names: Sequence[str]) -> dict[str, str]:
+    """Versions of those of the packages that are there."""
+    found = {}
+    for name in names:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def commit() -> str:

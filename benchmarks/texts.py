@@ -1,4 +1,4 @@
-"""Short real texts for benchmarks: passages of the docstrings that every machine has, cut to a varied number of tokens."""
+"""Real texts for benchmarks: passages of the docstrings that every machine has, cut to a varied number of tokens."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from operators.encoding.model_folder import load_spec, resolve_model
+from operators.encoding.tokenizer import load_tokenizer
 from operators.errors import SourceError
-from operators.model import load_spec, load_tokenizer, resolve_model
 from pipelines.demo_corpus import collect_documents
 
 MIN_TOKENS = 10
@@ -22,23 +23,33 @@ SCHEMA = pa.schema([("id", pa.string()), ("text", pa.string())])
 
 
 def short_texts(count: int, model: str) -> list[str]:
-    """`count` distinct texts of about 10 to 60 tokens of `model` (special ones included), in random order.
+    """`count` distinct texts of about 10 to 60 tokens of `model` (special ones included): see `texts_of_lengths`."""
+    return texts_of_lengths(count, model, MIN_TOKENS, MAX_TOKENS)
 
-    Deterministic for the same installed packages. SourceError when these do not have so many.
+
+def texts_of_lengths(
+    count: int, model: str, min_tokens: int, max_tokens: int, documents: Sequence[str] | None = None
+) -> list[str]:
+    """`count` distinct texts of about so many tokens of `model` (special ones included), in random order.
+
+    They are passages of the documents, or of the docstrings; they begin and end at words, so some are a few tokens longer
+    or shorter. Deterministic for the same documents or installed packages. SourceError when these do not have so many.
     """
     found: dict[str, None] = {}
     rng = np.random.default_rng(SEED)
     tokenizer = load_tokenizer(load_spec(resolve_model(model)))
     num_special = tokenizer.num_special_tokens_to_add(False)
-    documents = _documents()
+    kind = "docstrings of the installed packages" if documents is None else "documents"
+    documents = _documents() if documents is None else documents
     for begin in range(0, len(documents), 512):
         batch = documents[begin : begin + 512]
         for text, encoding in zip(batch, tokenizer.encode_batch(batch, add_special_tokens=False), strict=True):
-            found.update(dict.fromkeys(_passages(text, encoding.offsets, num_special, rng)))
+            limits = min_tokens - num_special, max_tokens - num_special
+            found.update(dict.fromkeys(_passages(text, encoding.offsets, *limits, rng)))
     if len(found) < count:
         raise SourceError(
-            f"the docstrings of the installed packages give {len(found)} distinct texts of {MIN_TOKENS} to {MAX_TOKENS}"
-            f" tokens, {count} were asked for; use fewer documents (--documents)"
+            f"the {kind} give {len(found)} distinct texts of {min_tokens} to {max_tokens}"
+            f" tokens, {count} were asked for; ask for fewer (--documents, --texts-per-round)"
         )
     texts = list(found)
     return [texts[number] for number in rng.permutation(len(texts))[:count].tolist()]
@@ -51,18 +62,18 @@ def _documents() -> list[str]:
 
 
 def _passages(
-    text: str, offsets: Sequence[tuple[int, int]], num_special: int, rng: np.random.Generator
+    text: str, offsets: Sequence[tuple[int, int]], min_tokens: int, max_tokens: int, rng: np.random.Generator
 ) -> Iterator[str]:
     """Consecutive passages of the text that begin and end at words."""
     word_starts = [token for token in range(1, len(offsets)) if offsets[token - 1][1] < offsets[token][0]]
     ends = np.array([*word_starts, len(offsets)])
     first = 0
     while first < len(offsets):
-        wanted = int(rng.integers(MIN_TOKENS, MAX_TOKENS + 1)) - num_special
+        wanted = int(rng.integers(min_tokens, max_tokens + 1))
         stop = int(ends[max(0, int(np.searchsorted(ends, first + wanted, side="right")) - 1)])
         if stop <= first:  # a word of more tokens than that
             stop = int(ends[int(np.searchsorted(ends, first, side="right"))])
-        elif stop - first >= MIN_TOKENS - num_special:
+        elif stop - first >= min_tokens:
             yield text[offsets[first][0] : offsets[stop - 1][1]]
         first = stop
 

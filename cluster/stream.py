@@ -1,6 +1,6 @@
 """The streaming job: pieces in, commit records out, as one Ray Data pipeline. The only place that calls map_batches.
 
-    read (task) -> chunk and tokenize (task, fused with read) -> encode (fixed actor pool) -> commit (task)
+    read (task) -> clean, chunk and tokenize (task, fused with read) -> encode (fixed actor pool) -> commit (task)
 
 One piece is one read task, one block and one row: the row carries the piece's tables as Arrow IPC. So nothing that Ray
 Data does to blocks (coalescing small ones, dropping empty ones) can merge, split or lose a piece, and a piece that fails
@@ -19,22 +19,23 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 
 from cluster.preflight import StreamPlan
 from operators.chunker import ChunkConfig, Chunker
+from operators.cleaner import CleanConfig, Cleaner
 from operators.encoder import Encoder
+from operators.encoding.encode_config import EncodeConfig, configured_model
+from operators.encoding.model_folder import ModelSpec
 from operators.errors import FingerprintError, ResourceError, SourceChangedError, VectormillError
-from operators.model import load_spec, resolve_model
 from operators.piece_store import EncodedPiece, commit_piece
 from operators.sources.pieces import Piece
 from operators.sources.read_config import ReadConfig
 from operators.sources.readers import PieceReader
 from operators.storage.store import open_store
-from operators.text_encoder import EncodeConfig
 
 READ_ATTEMPTS = 3
 READ_BACKOFF_S = 1.0
@@ -65,6 +66,8 @@ class StreamJob:
     read: ReadConfig
     chunk: ChunkConfig
     encode: EncodeConfig
+    clean: CleanConfig = field(default_factory=CleanConfig)
+    plugins: tuple[tuple[str, str], ...] = ()  # items of plugin_fingerprints(clean) on the driver
 
 
 @dataclass(frozen=True)
@@ -187,34 +190,48 @@ def _read(job: StreamJob, piece: Piece) -> list[pa.Table]:
 
 
 @functools.lru_cache(maxsize=1)
-def _chunker(job: StreamJob) -> Chunker:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    chunker = Chunker(job.chunk, str(resolve_model(job.encode.model)), job.encode.pooling)
+def chunker_of(job: StreamJob) -> Chunker:
+    """The worker's chunker. What its tokens are worth the encoders check, which load the whole model."""
+    chunker = Chunker(job.chunk, configured_model(job.encode))
     chunker.setup()
     return chunker
 
 
+@functools.lru_cache(maxsize=1)
+def cleaner_of(job: StreamJob) -> Cleaner:
+    """The worker's cleaner."""
+    cleaner = Cleaner(job.clean, job.plugins)
+    cleaner.setup()
+    return cleaner
+
+
 def _chunk(batch: pa.Table, job: StreamJob) -> pa.Table:
     def work(piece: Piece, rows: pa.Table, rejects: pa.Table, facts: dict[str, Any]) -> pa.Table:
-        chunks, dropped = _chunker(job)(rows)
+        cleaned, unclean = cleaner_of(job)(rows)
+        chunks, dropped, counts = chunker_of(job)(cleaned)
+        facts.update(counts)
         facts["num_tokens"] = len(chunks.column("input_ids").combine_chunks().flatten()) if chunks.num_rows else 0
-        return _envelope(piece, chunks, pa.concat_tables([rejects, dropped]), facts)
+        return _envelope(piece, chunks, pa.concat_tables([rejects, unclean, dropped]), facts)
 
     return _each_piece(batch, "chunking", work)
+
+
+def model_of(job: StreamJob) -> ModelSpec:
+    """The model as it is on this worker. Raises FingerprintError when it is not the driver's."""
+    spec = configured_model(job.encode)
+    if spec.fingerprint != job.model_fingerprint:
+        raise FingerprintError(
+            f"the model at {spec.path} on this worker has fingerprint {spec.fingerprint[:12]}, the driver's has"
+            f" {job.model_fingerprint[:12]}; give all nodes the same model (encode.model)"
+        )
+    return spec
 
 
 class _EncodeStage:
     """An actor of the encoder pool: the model is loaded once."""
 
     def __init__(self, job: StreamJob) -> None:
-        path = resolve_model(job.encode.model)
-        found = load_spec(path, job.encode.pooling).fingerprint
-        if found != job.model_fingerprint:
-            raise FingerprintError(
-                f"the model at {path} on this worker has fingerprint {found[:12]}, the driver's has {job.model_fingerprint[:12]};"
-                " give all nodes the same model (encode.model)"
-            )
-        self._encoder = Encoder(job.encode, str(path))
+        self._encoder = Encoder(job.encode, model_of(job))
         self._encoder.setup()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -223,6 +240,7 @@ class _EncodeStage:
             encoded = self._encoder(chunks)
             queries = self._encoder.queries(chunks)
             facts["encode_s"] = time.perf_counter() - start
+            facts["batch_tokens"] = self._encoder.text_encoder.batch_tokens
             return _envelope(piece, encoded, rejects, facts, queries)
 
         return _each_piece(batch, "encoding", work)

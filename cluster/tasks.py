@@ -16,6 +16,7 @@ def run_tasks(
     calls: Sequence[tuple[Any, ...]],
     *,
     num_cpus: float = 1,
+    num_gpus: float = 0,
     stall_timeout_s: float = 900.0,
     on_done: Callable[[int, Any], None] | None = None,
     check: Callable[[], None] | None = None,
@@ -30,7 +31,7 @@ def run_tasks(
     import ray
     from ray.exceptions import RayError, RayTaskError
 
-    remote = ray.remote(function).options(num_cpus=num_cpus, max_retries=WORKER_CRASH_RETRIES)
+    remote = ray.remote(function).options(num_cpus=num_cpus, num_gpus=num_gpus, max_retries=WORKER_CRASH_RETRIES)
     results: list[Any] = [None] * len(calls)
     failures: list[tuple[int, Exception]] = []
     waiting = list(range(len(calls)))[::-1]

@@ -108,7 +108,8 @@ def pool_normalize(
         states_TD = states_TD[:, :truncate_dim]
     packed = dtype in ("int8", "binary")
     if isinstance(states_TD, torch.Tensor):
-        vectors_SD: Any = _pool_torch(states_TD, starts, ends, mode, normalize)
+        vectors_SD: Any = pool_spans(states_TD, starts, ends, mode=mode)
+        vectors_SD = unit_length(vectors_SD) if normalize else vectors_SD
         if not packed:
             vectors_SD = vectors_SD.to(getattr(torch, dtype))
         finite_S: npt.NDArray[np.bool_] = torch.isfinite(vectors_SD).all(dim=1).cpu().numpy()
@@ -142,38 +143,65 @@ def check_segments(offsets: Any, num_tokens: int) -> tuple[npt.NDArray[np.int64]
     return host[:-1], host[1:]
 
 
-def _pool_torch(
+def pool_spans(
     states_TD: torch.Tensor,
-    starts: npt.NDArray[np.int64],
-    ends: npt.NDArray[np.int64],
+    starts_S: npt.NDArray[np.int64],
+    ends_S: npt.NDArray[np.int64],
+    *,
     mode: str,
-    normalize: bool,
+    positions_S: npt.NDArray[np.int64] | None = None,
 ) -> torch.Tensor:
+    """One float32 vector of every span, [S, D], on the states' device, not normalised.
+
+    Span s is rows starts_S[s]:ends_S[s], int64 on the host; spans may overlap and leave rows out, in any order.
+    mode: as `pool_normalize`. positions_S: how many tokens of its text stand before each span, for "weighted_mean",
+    where token i of the span weighs positions_S + i; None: none do. Not finite states give vectors that are not finite.
+    Raises ValueError that names the first span that is empty or outside of the states.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    wrong_S = (starts_S < 0) | (ends_S <= starts_S) | (ends_S > len(states_TD))
+    if wrong_S.any():
+        s = int(np.argmax(wrong_S))
+        raise ValueError(
+            f"a span must hold at least one of the {len(states_TD)} rows, got {starts_S[s]}:{ends_S[s]} in span {s}"
+        )
     if mode in ("cls", "last"):
-        picked = torch.from_numpy(starts if mode == "cls" else ends - 1).to(states_TD.device)
-        vectors_SD = states_TD.index_select(0, picked).float()
-    elif len(starts) == 0:
-        vectors_SD = states_TD.new_empty((0, states_TD.shape[1]), dtype=torch.float32)
-    else:
-        # One reduction a segment: adds in an order that the neighbours cannot change, which index_add_ on a GPU
-        # does not promise, and on the CPU faster than segment_reduce (torch 2.13).
-        pieces = torch.split(states_TD.float(), (ends - starts).tolist())
-        vectors_SD = torch.stack([_pool_tokens(tokens, mode) for tokens in pieces])
-    if normalize:
-        # In float64: a vector within float32 may have a norm beyond it, or one that is lost among its smallest numbers.
-        norms_S1 = torch.linalg.vector_norm(vectors_SD, dim=1, keepdim=True, dtype=torch.float64)
-        vectors_SD = (vectors_SD / torch.where(norms_S1 > 0, norms_S1, 1.0)).float()
-    return vectors_SD
-
-
-def _pool_tokens(tokens_LD: torch.Tensor, mode: str) -> torch.Tensor:
-    length = len(tokens_LD)
+        picked = torch.from_numpy(starts_S if mode == "cls" else ends_S - 1).to(states_TD.device)
+        return states_TD.index_select(0, picked).float()
+    if len(starts_S) == 0:
+        return states_TD.new_empty((0, states_TD.shape[1]), dtype=torch.float32)
     if mode == "max":
-        return tokens_LD.amax(dim=0)
+        spans = zip(starts_S.tolist(), ends_S.tolist(), strict=True)
+        return torch.stack([states_TD[start:end].amax(dim=0) for start, end in spans]).float()
+    lengths_S = ends_S - starts_S
+    firsts_S = np.cumsum(lengths_S) - lengths_S
+    steps = np.arange(int(lengths_S.sum())) - np.repeat(firsts_S, lengths_S)
+    weights = None
     if mode == "weighted_mean":
-        weights_L = torch.arange(1, length + 1, dtype=torch.float32, device=tokens_LD.device)
-        return (tokens_LD * weights_L[:, None]).sum(dim=0) / (length * (length + 1) / 2)
-    return tokens_LD.sum(dim=0) / (length if mode == "mean" else length**0.5)
+        before_S = np.zeros(len(starts_S), np.int64) if positions_S is None else positions_S
+        weights = torch.from_numpy((steps + np.repeat(before_S + 1, lengths_S)).astype(np.float32))
+        totals_S: npt.NDArray[Any] = lengths_S * (lengths_S + 1) / 2 + before_S * lengths_S
+    else:
+        totals_S = lengths_S if mode == "mean" else np.sqrt(lengths_S)
+    # A bag adds its rows one after the other, whatever the other bags are; neither index_add_ on a GPU nor a matrix
+    # product promises that, and the other ways to add rows by segment are slower (torch 2.13).
+    device = states_TD.device
+    sums_SD = torch.nn.functional.embedding_bag(
+        torch.from_numpy(steps + np.repeat(starts_S, lengths_S)).to(device),
+        states_TD.float(),
+        torch.from_numpy(firsts_S).to(device),
+        mode="sum",
+        per_sample_weights=None if weights is None else weights.to(device),
+    )
+    return sums_SD / torch.from_numpy(np.asarray(totals_S, np.float32)).to(device)[:, None]
+
+
+def unit_length(vectors_SD: torch.Tensor) -> torch.Tensor:
+    """Float32 vectors divided by their norms; a zero vector stays zero."""
+    # In float64: a vector within float32 may have a norm beyond it, or one that is lost among its smallest numbers.
+    norms_S1 = torch.linalg.vector_norm(vectors_SD, dim=1, keepdim=True, dtype=torch.float64)
+    return (vectors_SD / torch.where(norms_S1 > 0, norms_S1, 1.0)).float()
 
 
 def _quantized_int8(vectors_SD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

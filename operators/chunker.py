@@ -3,203 +3,167 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import os
-import re
 from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from operators import schemas
+from operators.chunking.late import DEFAULT_CHUNK_TOKENS, SINGLE_TOKEN_POOLINGS, late_chunks
+from operators.chunking.tokens import Chunk, DocumentTokenizer, Ids
+from operators.chunking.windows import truncated_chunk, window_chunks
+from operators.encoding.model_folder import ModelSpec
 from operators.errors import ConfigError
-from operators.model import load_spec, load_tokenizer
 from operators.settings import operational, semantic
 
-if TYPE_CHECKING:
-    from tokenizers import Encoding, Tokenizer
-
-Span = tuple[int, int]  # character offsets [start, end)
-Chunk = tuple[int, int, npt.NDArray[np.int32]]  # start, end, input_ids with special tokens
-
-_SENTENCE_END = re.compile(r"[.!?]+[\"'”’)\]]*(?=\s)|[。！？]+[」』”’）]*|\n+")
+MODES = ("window", "truncate", "late")
 
 
 @dataclasses.dataclass(frozen=True)
 class ChunkConfig:
     """Section `chunk` of the configuration."""
 
-    mode: str = semantic("window", "window: long documents are cut in windows; truncate: one chunk a document")
-    max_tokens: int = semantic(0, "tokens of a chunk, special ones included; 0: the model's max_seq_length")
-    overlap_tokens: int = semantic(32, "tokens that neighbouring windows share, about")
+    mode: str = semantic(
+        "window",
+        "window: long documents are cut in windows; truncate: one chunk a document; late: each chunk's vector pools its "
+        "own tokens of the whole document's encoding",
+    )
+    max_tokens: int = semantic(
+        0,
+        "tokens of a chunk, special ones included; 0: the model's max_seq_length. In mode late: tokens of the chunk's "
+        f"text alone; 0: {DEFAULT_CHUNK_TOKENS}, or as many as fit",
+    )
+    overlap_tokens: int = semantic(32, "tokens that neighbouring windows (mode late: sequences) share, about")
+    context_tokens: int = semantic(0, "mode late: tokens that are encoded together; 0: the model's max_seq_length")
     tokenize_chars: int = operational(1 << 20, "characters that go to the tokenizer at once")
 
     def __post_init__(self) -> None:
-        if self.mode not in ("window", "truncate"):
-            raise ConfigError(f"chunk.mode must be window or truncate, got {self.mode!r}")
-        for name, least in (("max_tokens", 0), ("overlap_tokens", 0), ("tokenize_chars", 1)):
+        if self.mode not in MODES:
+            raise ConfigError(f"chunk.mode must be window, truncate or late, got {self.mode!r}")
+        for name, least in (("max_tokens", 0), ("overlap_tokens", 0), ("context_tokens", 0), ("tokenize_chars", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"chunk.{name} must be at least {least}, got {getattr(self, name)}")
+        if self.context_tokens and self.mode != "late":
+            raise ConfigError(
+                f"chunk.context_tokens is for chunk.mode late, got {self.context_tokens} with mode {self.mode!r}: "
+                "leave it out, or set chunk.max_tokens"
+            )
 
 
 class Chunker:
-    """Operator from a table of ROWS to a table of CHUNKS and one of REJECTS (rows without a token).
+    """Operator from a table of CLEANED rows to a table of CHUNKS, one of REJECTS (rows without a token), and facts.
 
-    Pure and deterministic: what becomes of a document depends on its text, the settings and the model alone.
+    spec: from `configured_model`; its document prompt stands before every text that is tokenized. Pure and
+    deterministic: what becomes of a document depends on its text, the settings and the model alone.
     """
 
-    def __init__(self, config: ChunkConfig, model_path: str | Path, pooling: str = "") -> None:
+    def __init__(self, config: ChunkConfig, spec: ModelSpec) -> None:
         self.config = config
-        self.model_path = model_path
-        self.pooling = pooling  # only passed on: a plain transformers folder does not load without it
-        self._tokenizer: Tokenizer | None = None
+        self.spec = spec
+        self._tokenizer: DocumentTokenizer | None = None
 
     def setup(self) -> None:
-        """Loads the tokenizer. Turns off its threads in this process: a worker owns one CPU."""
+        """Loads the tokenizer and checks the settings against the model (ConfigError).
+
+        Turns off the tokenizer's threads in this process: a worker owns one CPU.
+        """
         if self._tokenizer is not None:
             return
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        spec = load_spec(self.model_path, self.pooling)
-        tokenizer = load_tokenizer(spec)
-        self.max_tokens = self.config.max_tokens or spec.max_seq_length
-        self._num_special = tokenizer.num_special_tokens_to_add(False)
-        self._budget = self.max_tokens - self._num_special  # tokens of the text itself
-        if not 1 <= self._budget <= spec.max_positions - self._num_special:
+        if self.config.mode == "late":
+            _check_late_pooling(self.spec)
+        tokenizer = DocumentTokenizer(self.spec)
+        late = self.config.mode == "late"
+        name = "chunk.context_tokens" if late else "chunk.max_tokens"
+        asked = self.config.context_tokens if late else self.config.max_tokens
+        # The longest sequence there is, and what of it the text may have.
+        self.max_sequence = asked or self.spec.max_seq_length
+        budget = self.max_sequence - tokenizer.num_added
+        if budget < 1 or self.max_sequence > self.spec.max_positions:
             raise ConfigError(
-                f"chunk.max_tokens must be in {self._num_special + 1}..{spec.max_positions} for {spec.name}, "
-                f"got {self.config.max_tokens}"
+                f"{name} must be in {tokenizer.num_added + 1}..{self.spec.max_positions} for {self.spec.name}"
+                f"{' with its document prompt' if tokenizer.prompt else ''}, got {self.max_sequence}"
             )
-        if self.config.mode == "truncate":
-            tokenizer.enable_truncation(self.max_tokens)
-        elif self.config.overlap_tokens > self._budget // 2:
+        self.max_tokens = self.config.max_tokens or min(DEFAULT_CHUNK_TOKENS, budget) if late else self.max_sequence
+        if late and self.max_tokens > budget:
             raise ConfigError(
-                f"chunk.overlap_tokens must be in 0..{self._budget // 2} (half of the {self._budget} tokens of text in "
-                f"a chunk), got {self.config.overlap_tokens}"
+                f"chunk.max_tokens must be in 1..{budget} (chunk.context_tokens {self.max_sequence} less "
+                f"{tokenizer.num_added} of the prompt and special ones) in mode late, got {self.max_tokens}"
+            )
+        if self.config.mode != "truncate" and self.config.overlap_tokens > budget // 2:
+            raise ConfigError(
+                f"chunk.overlap_tokens must be in 0..{budget // 2} (half of the {budget} tokens of text in a "
+                f"{'sequence' if late else 'chunk'}), got {self.config.overlap_tokens}"
             )
         self._tokenizer = tokenizer
 
-    def __call__(self, rows: pa.Table) -> tuple[pa.Table, pa.Table]:
-        """Chunks in the order of `rows`, chunk_no from 0, and the rows dropped with reason `no_tokens`.
+    def __call__(self, rows: pa.Table) -> tuple[pa.Table, pa.Table, dict[str, int]]:
+        """Chunks in the order of `rows`, chunk_no from 0; the rows dropped with reason `no_tokens`; the facts.
 
-        input_ids hold the special tokens and are what tokenizing the chunk's text gives, truncated to max_tokens.
-        A document that fits is one chunk over its whole text; each token of a longer one lies in one of its chunks
-        (mode window), or one chunk ends at its last kept token (mode truncate).
+        input_ids hold the tokens of prompt and text with the special ones; [pool_start, pool_end) are those that the
+        vector pools: all, but not the prompt's where the model's settings say so.
+        A document that fits is one chunk over its whole text. Of a longer one
+        - mode window: each token's characters lie in its chunks, and input_ids are what tokenizing the chunk's text gives;
+        - mode truncate: one chunk ends at its last kept token;
+        - mode late: see `late_chunks`; input_ids are null where a chunk shares the sequence of the row before.
+        Facts: num_over_length, documents longer than a sequence; num_truncated_tokens, their tokens in no chunk.
         """
         self.setup()
         texts: list[str] = rows.column("text").to_pylist()
-        chunks_of = [chunks for batch in _batches(texts, self.config.tokenize_chars) for chunks in self._chunks(batch)]
-        counts = np.array([len(chunks) for chunks in chunks_of], dtype=np.int64)
-        return _chunk_table(rows, texts, chunks_of, counts), _no_token_rows(rows.filter(pa.array(counts == 0)))
+        chunk = self._late if self.config.mode == "late" else self._apart
+        facts = {"num_over_length": 0, "num_truncated_tokens": 0}
+        flat: list[Chunk] = []  # one list: lists of a chunk each are so many that the garbage collector is felt
+        num_chunks: list[int] = []
+        for batch in _batches(texts, self.config.tokenize_chars):
+            for chunks in chunk(batch, facts):
+                flat += chunks
+                num_chunks.append(len(chunks))
+        counts = np.array(num_chunks, dtype=np.int64)
+        dropped = _no_token_rows(rows.filter(pa.array(counts == 0)))
+        return _chunk_table(rows, texts, flat, counts), dropped, facts
 
-    def _chunks(self, texts: list[str]) -> list[list[Chunk]]:
-        """Chunks of each text; an empty list for a text without tokens."""
+    def _apart(self, texts: list[str], facts: dict[str, int]) -> Iterator[list[Chunk]]:
+        """Chunks of each text that are sequences of their own; an empty list for a text without tokens."""
         assert self._tokenizer is not None
-        result: list[list[Chunk]] = []
-        long: dict[int, list[Span]] = {}
-        # encode_batch_fast leaves out the offsets: only documents that do not fit need them, and are tokenized again.
-        for index, encoding in enumerate(self._tokenizer.encode_batch_fast(texts)):
-            text, ids = texts[index], encoding.ids
-            end = len(text)
-            if self.config.mode == "truncate" and encoding.overflowing:
-                with_offsets = self._tokenizer.encode(text)
-                end = with_offsets.offsets[_content_of(with_offsets)[-1]][1]
-            if len(ids) > self.max_tokens:
-                long[index] = self._windows(text, self._tokenizer.encode(text))
-                ids = []
-            result.append([(0, end, np.array(ids, dtype=np.int32))] if len(ids) > self._num_special else [])
-        if long:
-            spans = [(index, span) for index, spans in long.items() for span in spans]
-            for (index, _), chunks in zip(spans, self._fit([(texts[i], span) for i, span in spans]), strict=True):
-                result[index] += chunks
-        return result
+        whole, max_tokens = self._tokenizer.whole, self.max_tokens  # most texts are short: this loop is felt
+        for text, encoding in zip(texts, self._tokenizer.encode(texts), strict=True):
+            if len(encoding) <= max_tokens:
+                yield whole(text, encoding)
+                continue
+            facts["num_over_length"] += 1
+            if self.config.mode == "truncate":
+                chunk, num_left_out = truncated_chunk(self._tokenizer, text, self.max_tokens)
+                chunks = [chunk]
+            else:
+                chunks, num_left_out = window_chunks(self._tokenizer, text, self.max_tokens, self.config.overlap_tokens)
+            facts["num_truncated_tokens"] += num_left_out
+            yield chunks
 
-    def _windows(self, text: str, encoding: Encoding) -> list[Span]:
-        """Spans of a long text that hold at most `budget` of its tokens each and together all of them."""
-        content = _content_of(encoding)
-        offsets = np.array(encoding.offsets, dtype=np.int64)[content]
-        starts, ends = offsets[:, 0], np.maximum.accumulate(offsets[:, 1])
-        sentence_ends = np.array([match.end() for match in _SENTENCE_END.finditer(text)], dtype=np.int64)
-        tokens_before = np.searchsorted(np.maximum.accumulate(starts), sentence_ends)
-        num_tokens, budget, overlap = len(content), self._budget, self.config.overlap_tokens
-        spans: list[Span] = []
-        first = 0
-        while True:
-            stop = min(first + budget, num_tokens)
-            if stop < num_tokens:
-                stop = _snap(text, starts, ends, tokens_before, first + 2 * budget // 3, stop)
-            span = (int(starts[first]), int(ends[stop - 1]))
-            if not spans or span != spans[-1]:  # a character may have more tokens than a chunk
-                spans.append(span)
-            if stop == num_tokens:
-                return spans
-            first = next(
-                (token for token in range(stop - overlap, stop) if _begins_word(text, starts, ends, token)),
-                stop - overlap,
+    def _late(self, texts: list[str], facts: dict[str, int]) -> Iterator[list[Chunk]]:
+        """Chunks of each text that share its sequences; an empty list for a text without tokens."""
+        assert self._tokenizer is not None
+        for text, encoding in zip(texts, self._tokenizer.encode(texts, offsets=True), strict=True):
+            if len(encoding) - self._tokenizer.num_added <= self.max_tokens:
+                yield self._tokenizer.whole(text, encoding)
+                continue
+            facts["num_over_length"] += len(encoding) > self.max_sequence
+            tokens = self._tokenizer.placed(encoding)
+            chunks, num_left_out = late_chunks(
+                self._tokenizer, text, tokens, self.max_tokens, self.max_sequence, self.config.overlap_tokens
             )
-
-    def _fit(self, windows: list[tuple[str, Span]]) -> list[list[Chunk]]:
-        """Chunks of each window. One that has more tokens by itself than in its document's context is cut further."""
-        assert self._tokenizer is not None
-        chunks: list[list[Chunk]] = []
-        for batch in _batches([text[start:end] for text, (start, end) in windows], self.config.tokenize_chars):
-            for encoding in self._tokenizer.encode_batch(batch):
-                text, (start, end) = windows[len(chunks)]
-                ids = np.array(encoding.ids, dtype=np.int32)
-                if len(ids) <= self.max_tokens:
-                    chunks.append([(start, end, ids)] if len(ids) > self._num_special else [])
-                    continue
-                offsets = [encoding.offsets[token] for token in _content_of(encoding)]
-                cuts = [
-                    token
-                    for token in range(1, len(offsets))
-                    if 0 < offsets[token - 1][1] <= offsets[token][0] < end - start
-                ]
-                if cuts:
-                    cut = max((token for token in cuts if token <= self._budget), default=cuts[0])
-                    halves = [(text, (start, start + offsets[cut - 1][1])), (text, (start + offsets[cut][0], end))]
-                    chunks.append([chunk for part in self._fit(halves) for chunk in part])
-                else:  # one character with more tokens than a chunk can hold
-                    chunks.append([(start, end, self._truncated(text[start:end]))])
-        return chunks
-
-    def _truncated(self, text: str) -> npt.NDArray[np.int32]:
-        assert self._tokenizer is not None
-        self._tokenizer.enable_truncation(self.max_tokens)
-        ids = self._tokenizer.encode(text).ids
-        self._tokenizer.no_truncation()
-        return np.array(ids, dtype=np.int32)
+            facts["num_truncated_tokens"] += num_left_out
+            yield chunks
 
 
-def _content_of(encoding: Encoding) -> npt.NDArray[np.int64]:
-    """Indices of the tokens that are not added around the text."""
-    return np.flatnonzero(np.array(encoding.special_tokens_mask) == 0)
-
-
-def _snap(
-    text: str,
-    starts: npt.NDArray[np.int64],
-    ends: npt.NDArray[np.int64],
-    sentence_cuts: npt.NDArray[np.int64],
-    low: int,
-    high: int,
-) -> int:
-    """Where to end a window, in low+1..high: after the last sentence, else before the last word, else at a token."""
-    at = int(np.searchsorted(sentence_cuts, high, side="right")) - 1
-    if at >= 0 and sentence_cuts[at] > low:
-        return int(sentence_cuts[at])
-    tokens = range(high, low, -1)
-    words = (token for token in tokens if _begins_word(text, starts, ends, token))
-    whole = (token for token in tokens if starts[token] >= ends[token - 1])  # not inside a character (Korean: jamo)
-    return next(itertools.chain(words, whole), high)
-
-
-def _begins_word(text: str, starts: npt.NDArray[np.int64], ends: npt.NDArray[np.int64], token: int) -> bool:
-    """Whether a gap or white space stands before the token, or the token itself begins with white space."""
-    start = int(starts[token])
-    return token == 0 or start > ends[token - 1] or (start < len(text) and text[start].isspace())
+def _check_late_pooling(spec: ModelSpec) -> None:
+    refused = [pooling for pooling in spec.poolings if pooling in SINGLE_TOKEN_POOLINGS]
+    if refused:
+        raise ConfigError(
+            f"chunk.mode late needs a model that pools all tokens (mean, max, ...), got {refused[0]!r} ({spec.name}): a "
+            "chunk within a document has no first or last token of its own; set chunk.mode to window"
+        )
 
 
 def _batches(texts: list[str], max_chars: int) -> Iterator[list[str]]:
@@ -214,29 +178,31 @@ def _batches(texts: list[str], max_chars: int) -> Iterator[list[str]]:
         yield texts[begin:]
 
 
-def _chunk_table(
-    rows: pa.Table, texts: list[str], chunks_of: list[list[Chunk]], counts: npt.NDArray[np.int64]
-) -> pa.Table:
-    flat = [chunk for chunks in chunks_of for chunk in chunks]
+def _chunk_table(rows: pa.Table, texts: list[str], flat: list[Chunk], counts: npt.NDArray[np.int64]) -> pa.Table:
     of_row = np.repeat(np.arange(len(counts)), counts)
-    starts = np.fromiter((start for start, _, _ in flat), dtype=np.int32, count=len(flat))
-    ends = np.fromiter((end for _, end, _ in flat), dtype=np.int32, count=len(flat))
-    slices = [texts[row][start:end] for row, (start, end, _) in zip(of_row.tolist(), flat, strict=True)]
-    offsets = np.zeros(len(flat) + 1, dtype=np.int32)
-    np.cumsum([len(ids) for _, _, ids in flat], out=offsets[1:])
-    values = np.concatenate([ids for _, _, ids in flat]) if flat else np.empty(0, dtype=np.int32)
-    taken = rows.select(["doc_id", "source", "row"]).take(pa.array(of_row))
+    slices = [texts[row][chunk.start : chunk.end] for row, chunk in zip(of_row.tolist(), flat, strict=True)]
+    taken = rows.select(["doc_id", "source", "row", "text_hash"])
+    if len(flat) != len(rows) or not np.all(counts == 1):
+        taken = taken.take(pa.array(of_row))
     columns = {
-        "doc_id": taken.column("doc_id"),
+        **{name: taken.column(name) for name in taken.column_names},
         "chunk_no": pa.array(np.arange(len(flat)) - np.repeat(np.cumsum(counts) - counts, counts), pa.int32()),
-        "start": pa.array(starts),
-        "end": pa.array(ends),
+        "start": pa.array([chunk.start for chunk in flat], pa.int32()),
+        "end": pa.array([chunk.end for chunk in flat], pa.int32()),
         "text": pa.array(slices, pa.large_string()),
-        "source": taken.column("source"),
-        "row": taken.column("row"),
-        "input_ids": pa.ListArray.from_arrays(pa.array(offsets), pa.array(values)),
+        "input_ids": _id_lists([chunk.ids for chunk in flat]),
+        "pool_start": pa.array([chunk.pool_start for chunk in flat], pa.int32()),
+        "pool_end": pa.array([chunk.pool_end for chunk in flat], pa.int32()),
     }
     return pa.table([columns[name] for name in schemas.CHUNKS.names], schema=schemas.CHUNKS)
+
+
+def _id_lists(sequences: list[Ids | None]) -> pa.ListArray:
+    offsets = np.zeros(len(sequences) + 1, dtype=np.int32)
+    np.cumsum([0 if ids is None else len(ids) for ids in sequences], out=offsets[1:])
+    values = np.concatenate([np.empty(0, dtype=np.int32), *(ids for ids in sequences if ids is not None)])
+    shared = pa.array([ids is None for ids in sequences], pa.bool_())
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values), mask=shared)
 
 
 def _no_token_rows(rows: pa.Table) -> pa.Table:

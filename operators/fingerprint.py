@@ -6,7 +6,7 @@ from importlib.metadata import version
 from typing import Any
 
 # Raised by hand whenever reading, chunking, encoding or the piece format changes what is written for the same input.
-PIECE_CODE_VERSION = 1
+PIECE_CODE_VERSION = 2
 # Likewise for training, codes and the run format.
 INDEX_CODE_VERSION = 2
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import pyarrow as pa
 
 from operators.artifact.list_run import CACHE_BYTES, RunReader, concat_sorted, write_run
 from operators.errors import IntegrityError
@@ -94,6 +95,7 @@ def merge_range(
         first_list=first,
         code_size=facts["code_size"],
         d=facts["d"],
+        rows_schema=_common_schema(readers),
     ) as (writer, finished):
         for sub_first, sub_end in split_lists(held, first, buffer_bytes):
             writer.append(concat_sorted([reader.read_lists(sub_first, sub_end) for reader in readers]), sub_end)
@@ -102,3 +104,15 @@ def merge_range(
         f"{kind} {number}", inputs, attempt, finished.objects, {**finished.facts, "quantizer": quantizer_digest}
     )
     return commit(store, f"{key_prefix}.json", record)
+
+
+def _common_schema(readers: Sequence[RunReader]) -> pa.Schema:
+    """Schema of the runs' row stores. Raises IntegrityError naming a run that has other columns than the first."""
+    first = readers[0]
+    for reader in readers[1:]:
+        if not reader.rows_schema.equals(first.rows_schema):
+            raise IntegrityError(
+                f"{reader.name} has row store columns {reader.rows_schema.names}, {first.name} has"
+                f" {first.rows_schema.names}; delete its record to build the shard again"
+            )
+    return first.rows_schema

@@ -6,7 +6,11 @@ number in its object (JSONL read by byte range: the byte offset of its line).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pyarrow as pa
+
+from operators.encoding.outputs import Output
 
 ROWS = pa.schema(
     [
@@ -16,6 +20,10 @@ ROWS = pa.schema(
         pa.field("row", pa.int64(), nullable=False),
     ]
 )
+
+# Rows after cleaning. text_hash: BLAKE2b-128 of the document's text (UTF-8), by which equal documents are found.
+_TEXT_HASH = pa.field("text_hash", pa.binary(16), nullable=False)
+CLEANED = pa.schema([*ROWS, _TEXT_HASH])
 
 # Rows that leave the walk. `outcome` is "rejected" (bad input) or "dropped" (good input, nothing to index).
 REJECTS = pa.schema(
@@ -37,20 +45,45 @@ _CHUNK_FIELDS = [
     pa.field("text", pa.large_string(), nullable=False),
     pa.field("source", pa.string(), nullable=False),
     pa.field("row", pa.int64(), nullable=False),
+    _TEXT_HASH,  # of the whole document, in each of its chunks
 ]
 
 # Chunks with their tokens: boundaries are found on tokens, so both come from one operator (docs/decisions/0002).
-CHUNKS = pa.schema([*_CHUNK_FIELDS, pa.field("input_ids", pa.list_(pa.int32()), nullable=False)])
+# The vector of a chunk pools the tokens [pool_start, pool_end) of its sequence.
+CHUNKS = pa.schema(
+    [
+        *_CHUNK_FIELDS,
+        pa.field("input_ids", pa.list_(pa.int32())),  # null: the sequence of the row before (late chunking)
+        pa.field("pool_start", pa.int32(), nullable=False),
+        pa.field("pool_end", pa.int32(), nullable=False),
+    ]
+)
 
 
-def encoded(d: int) -> pa.Schema:
-    """Chunks with their vectors: what a committed piece holds."""
-    return pa.schema([*_CHUNK_FIELDS, pa.field("vector", vector_type(d), nullable=False)])
+def encoded(d: int, outputs: Sequence[Output] = ()) -> pa.Schema:
+    """Chunks with their vectors, and the columns of further outputs: what a committed piece holds."""
+    further = [field for output in outputs for field in output_fields(output)]
+    return pa.schema([*_CHUNK_FIELDS, pa.field("vector", vector_type(d), nullable=False), *further])
+
+
+def output_fields(output: Output) -> list[pa.Field]:
+    """Columns of one output: FixedSizeList, sign bits as fixed-size binary, int8 with a column `<name>_scale`."""
+    if output.dtype == "binary":
+        return [pa.field(output.name, pa.binary(-(-output.dim // 8)), nullable=False)]
+    kinds = {"float16": pa.float16(), "float32": pa.float32(), "int8": pa.int8()}
+    fields = [pa.field(output.name, list_type(kinds[output.dtype], output.dim), nullable=False)]
+    scale = [pa.field(f"{output.name}_scale", pa.float32(), nullable=False)] if output.dtype == "int8" else []
+    return fields + scale
 
 
 def vector_type(d: int) -> pa.DataType:
     """FixedSizeList<float16>[d]."""
-    return pa.list_(pa.field("item", pa.float16(), nullable=False), d)
+    return list_type(pa.float16(), d)
+
+
+def list_type(item: pa.DataType, length: int) -> pa.DataType:
+    """FixedSizeList of `length` items without nulls."""
+    return pa.list_(pa.field("item", item, nullable=False), length)
 
 
 # The row store of a shard or a part, in inverted-list order (list_no, then row_id).
@@ -63,9 +96,15 @@ ROW_STORE = pa.schema(
 )
 
 
-def committed(d: int) -> pa.Schema:
+def row_store(piece: pa.Schema) -> pa.Schema:
+    """ROW_STORE with the columns of further outputs that committed pieces of this schema have."""
+    known = {*ROW_STORE.names, "vector", "doc_hash"}
+    return pa.schema([*ROW_STORE, *(field for field in piece.remove_metadata() if field.name not in known)])
+
+
+def committed(d: int, outputs: Sequence[Output] = ()) -> pa.Schema:
     """Encoded rows as a piece is committed: with the 64-bit hash of doc_id that duplicates and samples are found by."""
-    return encoded(d).append(pa.field("doc_hash", pa.uint64(), nullable=False))
+    return encoded(d, outputs).append(pa.field("doc_hash", pa.uint64(), nullable=False))
 
 
 # Queries drawn from the corpus: they measure recall and set nprobe.

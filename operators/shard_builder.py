@@ -53,6 +53,7 @@ def build_shard(
         first_list=0,
         code_size=quantizer.code_size,
         d=quantizer.d,
+        rows_schema=shard.rows.schema,
     ) as (writer, finished):
         writer.append(shard, quantizer.nlist)
     facts = {**finished.facts, "quantizer": quantizer.digest}
@@ -77,5 +78,6 @@ def _encode_piece(store: Store, piece: PieceOfShard, quantizer: Quantizer) -> Ru
     list_no, codes = quantizer.encode(vectors)
     row_ids = np.arange(piece.first_row_id, piece.first_row_id + piece.num_rows, dtype=np.int64)
     columns = [pa.array(row_ids), pa.array(list_no, pa.int32())]
-    columns += [table.column(name) for name in schemas.ROW_STORE.names[2:]]
-    return RunSlice(list_no, row_ids, codes, vectors, pa.table(columns, schema=schemas.ROW_STORE))
+    schema = schemas.row_store(table.schema)
+    columns += [table.column(name) for name in schema.names[2:]]
+    return RunSlice(list_no, row_ids, codes, vectors, pa.table(columns, schema=schema))

@@ -23,10 +23,12 @@ from cluster.session import Session, connect
 from cluster.stream import StreamJob, stream_pieces
 from cluster.tasks import run_tasks
 from operators.artifact.manifest import CURRENT_KEY, Manifest, open_current, publish, write_manifest
+from operators.cleaner import plugin_fingerprints
 from operators.crash_points import crash_point
+from operators.encoding.encode_config import configured_model, resolve_device, resolve_precision
+from operators.encoding.model_folder import ModelSpec
 from operators.errors import ConfigError, IntegrityError, RejectLimitError, SourceError
 from operators.fingerprint import index_fingerprint, piece_fingerprint
-from operators.model import ModelSpec, load_spec, resolve_model
 from operators.piece_store import piece_key
 from operators.settings import digest_of
 from operators.sources.listing import Listing, list_sources
@@ -36,11 +38,11 @@ from operators.storage.commits import CommitRecord, read_record
 from operators.storage.fencing import Epoch, take_epoch
 from operators.storage.filesystem import filesystem_for
 from operators.storage.store import Store, open_store
-from operators.text_encoder import resolve_device, resolve_precision
 from pipelines.config import RunConfig
 from pipelines.index_build import build_candidate
+from pipelines.parity_check import check_parity, sample_of
 from pipelines.progress import RunProgress
-from pipelines.runs import Run, begin_or_resume, discard_unfinished, sweep_segment
+from pipelines.runs import Run, begin_or_resume, check_run_kept, discard_unfinished, sweep_segment
 
 EPOCH_CHECK_EVERY_S = 5.0
 MAX_LISTED_FAILURES = 10
@@ -71,6 +73,17 @@ class BuildContext:
     fingerprint: dict[str, Any]
     check: Callable[[], None]
 
+    @property
+    def uses_gpu(self) -> bool:
+        """Whether encoders run on GPUs: this machine's, or the cluster's."""
+        device = self.config.encode.device
+        return resolve_device(self.config.encode) == "cuda" or (device != "cpu" and self.session.num_gpus > 0)
+
+    @property
+    def parity_key(self) -> str:
+        """Where the outcome of the run's parity check is kept."""
+        return f"{self.run.prefix}/parity.json"
+
     def tasks(self, function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], **options: Any) -> list[Any]:
         """Parallel tasks under this run's watch: epoch, stall timeout, progress."""
         return run_tasks(
@@ -92,11 +105,14 @@ def build(
     """
     with progress or RunProgress(quiet=True) as shown:
         check_environment()
-        spec = load_spec(resolve_model(config.encode.model), config.encode.pooling)
+        spec = configured_model(config.encode)
         precision = resolve_precision(config.encode)
         config = dataclasses.replace(config, encode=dataclasses.replace(config.encode, precision=precision))
-        pieces_of = piece_fingerprint(config.semantic("read", "chunk", "encode"), spec.fingerprint)
-        fingerprint = index_fingerprint(pieces_of, config.semantic("index"))
+        settings = config.semantic("read", "clean", "chunk", "encode") | plugin_fingerprints(config.clean)
+        # Equal texts are found when rows are numbered: pieces hold them all.
+        numbering = {"clean.duplicates": settings.pop("clean.duplicates")}
+        pieces_of = piece_fingerprint(settings, spec.fingerprint)
+        fingerprint = index_fingerprint(pieces_of, config.semantic("index") | numbering)
         store = open_store(root)
         _refuse_root_among_sources(sources, root)
         shown.stage("list sources")
@@ -111,6 +127,7 @@ def build(
             discard_unfinished(store)
         run = begin_or_resume(store, pieces_of, list(sources), finished)
         epoch = take_epoch(store, run.run_id)
+        check_run_kept(store, run)
         shown.stage("start Ray")
         with connect(config.cluster) as session:
             context = BuildContext(
@@ -213,19 +230,19 @@ def stage_at(obj: Any, config: Any, store_url: str, prefix: str) -> list[Piece] 
 def _stream(context: BuildContext, pieces: list[Piece], unreadable: list[str]) -> tuple[list[CommitRecord], int]:
     """Commit records of all pieces in source order, and how many were encoded by this attempt."""
     config, store, run = context.config, context.store, context.run
-    inputs = digest_of(run.fingerprint)
-    job = StreamJob(store.url, run.prefix, inputs, context.spec.fingerprint, config.read, config.chunk, config.encode)
+    job = _stream_job(context)
     committed = {key.rsplit("/", 1)[1][:-5] for key in store.list_keys(f"{run.prefix}/pieces") if key.endswith(".json")}
     missing = [piece for piece in pieces if piece.piece_id not in committed]
-    context.progress.stage("encode pieces", total=len(pieces), done=len(pieces) - len(missing))
     failures = list(unreadable)
+    if missing:
+        _check_parity(context, job, missing)
+    context.progress.stage("encode pieces", total=len(pieces), done=len(pieces) - len(missing))
     if missing:
         plan = plan_stream(
             context.session,
             workers=config.encode.workers,
             threads_per_worker=config.encode.threads_per_worker,
-            use_gpu=resolve_device(config.encode) == "cuda"
-            or (config.encode.device != "cpu" and context.session.num_gpus > 0),
+            use_gpu=context.uses_gpu,
             pieces_in_flight=config.cluster.pieces_in_flight,
         )
         totals: Counter[str] = Counter()
@@ -265,6 +282,27 @@ def _stream(context: BuildContext, pieces: list[Piece], unreadable: list[str]) -
             f"{len(lost)} piece(s) were not committed although the job ended ({', '.join(lost[:3])}); run again"
         )
     return [record for record in records if record is not None], len(missing)
+
+
+def _stream_job(context: BuildContext) -> StreamJob:
+    config, run = context.config, context.run
+    inputs = digest_of(run.fingerprint)
+    model = context.spec.fingerprint
+    plugins = tuple(plugin_fingerprints(config.clean).items())
+    return StreamJob(
+        context.store.url, run.prefix, inputs, model, config.read, config.chunk, config.encode, config.clean, plugins
+    )
+
+
+def _check_parity(context: BuildContext, job: StreamJob, missing: list[Piece]) -> None:
+    """Refuse to start with an encoder that does not give the model's vectors. What was found goes into the manifest."""
+    context.progress.stage("check encoder", total=1)
+    threads = context.config.encode.threads_per_worker
+    resources = {"num_cpus": 1, "num_gpus": 1} if context.uses_gpu else {"num_cpus": threads}
+    found = context.tasks(check_parity, [(job, sample_of(missing))], **resources)[0]
+    context.store.put(context.parity_key, json.dumps(found, sort_keys=True).encode())
+    if found["attention_reason"]:
+        context.progress.say(f"batches are padded, which is slower: {found['attention_reason']}")
 
 
 def _check_rejects(context: BuildContext, records: list[CommitRecord]) -> None:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from pipelines.demo import Demo
 
 TEXT_LINES = 2
+SHOWN_PROBLEMS = 3
+HISTORY_WIDTH = 120
 INTERRUPTED_EXIT_CODE = 130
 
 
@@ -55,6 +57,7 @@ def build_facts(result: BuildResult, root: str) -> dict[str, Any]:
         "nbits": manifest.nbits,
         "nprobe": manifest.quality["nprobe"],
         "recall@10": manifest.quality["recall@10"],
+        "model": manifest.model,
         "content_digest": manifest.content_digest,
         "pieces_encoded": result.pieces_encoded,
         "pieces_resumed": result.pieces_resumed,
@@ -77,6 +80,7 @@ def show_build(facts: dict[str, Any], next_commands: Sequence[str] = ()) -> None
     if facts["published"]:
         kept = f", {facts['pieces_resumed']} kept from an interrupted run" if facts["pieces_resumed"] else ""
         table.add_row("pieces", f"{facts['pieces_encoded']} encoded{kept}")
+    table.add_row("encoder", encoder_text(facts["model"]))
     table.add_row("index", f"nlist {facts['nlist']}, M {facts['M']}, nbits {facts['nbits']}")
     table.add_row("recall@10", f"{facts['recall@10']:.4f} against exact search, at nprobe {facts['nprobe']}")
     table.add_row("content_digest", facts["content_digest"])
@@ -102,6 +106,20 @@ def rows_text(rows: dict[str, Any]) -> str:
             named = ", ".join(f"{reason} {count:,}" for reason, count in reasons.items())
             parts.append(f"{sum(reasons.values()):,} {outcome} ({named})")
     return ", ".join(parts)
+
+
+def encoder_text(model: dict[str, Any]) -> str:
+    """`all-MiniLM-L6-v2, bfloat16, packed; cosine to float32 0.9999 (least 0.9996 of 32 texts)`."""
+    said = f"{model['name']}, {model['precision']}"
+    parity = model.get("parity")  # an index written before the check was added has none
+    if parity:
+        said += f", {parity['attention']}"
+    if parity and parity["num_vectors"]:
+        said += (
+            f"; cosine to float32 {parity['cosine_mean']:.4f}"
+            f" (least {parity['cosine_min']:.4f} of {parity['num_vectors']} chunks)"
+        )
+    return said
 
 
 def _seconds_text(seconds: dict[str, float]) -> str:
@@ -160,9 +178,10 @@ def show_info(facts: dict[str, Any]) -> None:
         f"{', '.join(sources['arguments'])} ({sources['num_objects']:,} objects, {bytes_text(sources['size_bytes'])})",
     )
     model = facts["model"]
-    table.add_row("model", f"{model['name']}, {model['precision']}, fingerprint {model['fingerprint'][:12]}")
+    table.add_row("model", f"{model['name']}, fingerprint {model['fingerprint'][:12]}")
     table.add_row("documents", f"{facts['num_docs']:,} of {rows_text(facts['rows'])}")
     table.add_row("ntotal", f"{facts['ntotal']:,} vectors, d {facts['d']}, metric {facts['metric']}")
+    table.add_row("encoder", encoder_text(facts["model"]))
     table.add_row("index", f"nlist {facts['nlist']}, M {facts['M']}, nbits {facts['nbits']}")
     table.add_row("size", f"{facts['bytes_per_vector']:,.0f} bytes per vector, text and vectors included")
     table.add_row(
@@ -189,6 +208,76 @@ def show_verification(facts: dict[str, Any], root: str) -> None:
     console.print(Text(f"{version} at {root} is damaged:", style="bold red"))
     for problem in facts["problems"]:
         console.print(Text(f"  - {problem}"))
+
+
+def show_history(facts: dict[str, Any]) -> None:
+    """A line a version, the newest first, and what is wrong."""
+    # Nothing is cut where the output is a pipe or the window narrow: the terminal wraps.
+    console = Console(highlight=False, soft_wrap=True, width=max(HISTORY_WIDTH, Console().width))
+    table = Table(box=None, pad_edge=False)
+    for name in ("", "version", "parent", "created", "vectors", "documents", "recall@10", "own", "shared", "state"):
+        numeric = name in ("vectors", "documents", "recall@10", "own", "shared")
+        table.add_column(name, justify="right" if numeric else "left", no_wrap=True)
+    for version in reversed(facts["versions"]):
+        mark = "*" if version["current"] else ""
+        if version["state"] == "damaged":
+            cells = [""] * 7
+        else:
+            cells = [
+                version["parent"] or "",
+                version["created_at"],
+                f"{version['ntotal']:,}",
+                f"{version['num_docs']:,}",
+                f"{version['recall@10']:.4f}",
+                bytes_text(version["bytes"]["own"]),
+                bytes_text(version["bytes"]["shared"]),
+            ]
+        style = "bold" if version["current"] else "red" if version["state"] != "whole" else ""
+        table.add_row(mark, version["version"], *cells, version["state"], style=style)
+    if facts["versions"]:
+        console.print(table)
+    console.print(f"* published: {facts['current'] or 'not known'}")
+    for problem in facts["problems"]:
+        console.print(Text(f"  - {problem}", style="red"))
+    for version in reversed(facts["versions"]):
+        for problem in version["problems"][:SHOWN_PROBLEMS]:
+            console.print(Text(f"  - {version['version']}: {problem}", style="red"))
+        more = len(version["problems"]) - SHOWN_PROBLEMS
+        if more > 0:
+            console.print(Text(f"  - {version['version']}: and {more} more (--json lists them)", style="red"))
+
+
+def show_rollback(facts: dict[str, Any]) -> None:
+    """What is published now, and how to go back again."""
+    console = Console(highlight=False, soft_wrap=True)
+    if not facts["changed"]:
+        console.print(Text(f"{facts['version']} is published at {facts['root']} already; nothing was changed"))
+        return
+    before = f", instead of {facts['before']}" if facts["before"] else ""
+    console.print(Text(f"{facts['version']} is published at {facts['root']}{before}", style="bold green"))
+    if facts["before"]:
+        show_next([f"{program()} rollback {shlex.quote(facts['root'])} {facts['before']}   # undo"])
+
+
+def show_gc(facts: dict[str, Any]) -> None:
+    """What goes, what stays and why, and how many bytes."""
+    console = Console(highlight=False, soft_wrap=True)
+    table = _pairs()
+    for name, kept in (("keep", facts["kept"]), ("keep run", facts["kept_runs"])):
+        for what, why in kept.items():
+            table.add_row(name, f"{what} ({why})")
+    for what in facts["dropped"]:
+        table.add_row("drop", what)
+    for what in facts["dropped_runs"]:
+        table.add_row("drop run", what)
+    console.print(table)
+    amount = f"{facts['num_objects']:,} objects, {bytes_text(facts['bytes'])}"
+    if facts["deleted"]:
+        console.print(Text(f"deleted {amount}", style="bold green"))
+    elif facts["num_objects"]:
+        console.print(Text(f"would delete {amount}; nothing was deleted: --delete does it (--json lists them)"))
+    else:
+        console.print(Text("nothing to delete", style="bold green"))
 
 
 def show_demo(shown: Demo, folder: str, documents: int) -> None:

@@ -18,11 +18,12 @@ from typing import Any
 
 from cluster.session import ClusterConfig
 from operators.chunker import ChunkConfig
+from operators.cleaner import CleanConfig
+from operators.encoding.encode_config import EncodeConfig
 from operators.errors import ConfigError
 from operators.index_config import IndexConfig
 from operators.settings import semantic_fields
 from operators.sources.read_config import ReadConfig
-from operators.text_encoder import EncodeConfig
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class RunConfig:
     """All sections."""
 
     read: ReadConfig = field(default_factory=ReadConfig)
+    clean: CleanConfig = field(default_factory=CleanConfig)
     chunk: ChunkConfig = field(default_factory=ChunkConfig)
     encode: EncodeConfig = field(default_factory=EncodeConfig)
     index: IndexConfig = field(default_factory=IndexConfig)
@@ -62,7 +64,7 @@ def load_config(
         key, equals, text = assignment.partition("=")
         if not equals:
             raise ConfigError(f"--set takes key=value, got {assignment!r}; for example --set chunk.mode=truncate")
-        changes.append((key.strip(), text.strip(), "--set"))
+        changes.append((key.strip(), text, "--set"))
     changes += [(key, value, origin) for key, (value, origin) in (options or {}).items()]
     by_section: dict[str, dict[str, Any]] = {}
     for key, value, origin in changes:
@@ -120,6 +122,8 @@ def _converted(key: str, value: Any, wanted: Any, origin: str) -> Any:
     base = typing.get_origin(wanted) or wanted
     if isinstance(wanted, types.UnionType) or base is typing.Literal:
         base = str
+    if from_text and base is not str:  # the space at the end of a prompt counts
+        value = value.strip()
     try:
         if base is tuple:
             items = [v.strip() for v in value.split(",") if v.strip()] if isinstance(value, str) else list(value)

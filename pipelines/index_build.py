@@ -37,7 +37,8 @@ def build_candidate(
     """Manifest of a version that has been read back and measured, not published yet."""
     store, config, progress = context.store, context.config, context.progress
     progress.stage("number rows", total=1)
-    row_ids: RowIds = context.tasks(index_stages.number_rows, [(store.url, pieces)])[0]
+    drop_equal_texts = config.clean.duplicates == "drop"
+    row_ids: RowIds = context.tasks(index_stages.number_rows, [(store.url, pieces, drop_equal_texts)])[0]
     ntotal, d = sum(row_ids.counts), pieces[0].facts["d"]
     if ntotal == 0:
         raise SourceError(
@@ -223,14 +224,14 @@ def _manifest(
     from pipelines.build import listing_digest
 
     quantizer = trained.objects["quantizer"]
-    rejected = _sum(pieces, "rejected")
-    if row_ids.duplicates.num_rows:
-        rejected["duplicate_id"] = rejected.get("duplicate_id", 0) + row_ids.duplicates.num_rows
+    # Which of the documents did not fit in one sequence: they are in windows, or truncated (chunk.mode).
+    lengths = {
+        name: sum(record.facts[f"num_{name}"] for record in pieces) for name in ("over_length", "truncated_tokens")
+    }
     rows = {
         "read": sum(record.facts["num_rows_read"] for record in pieces),
         "indexed": row_ids.num_docs,
-        "rejected": dict(sorted(rejected.items())),
-        "dropped": _sum(pieces, "dropped"),
+        **{outcome: _left_out(pieces, row_ids, outcome) for outcome in ("rejected", "dropped")},
     }
     return Manifest(
         version=f"v{context.epoch.number:06d}",
@@ -243,8 +244,13 @@ def _manifest(
         model={
             "name": context.spec.name,
             "given_as": context.config.encode.model,
+            "revision": context.spec.revision,
             "fingerprint": context.spec.fingerprint,
             "precision": context.config.encode.precision,
+            "prompts": {"query": context.spec.query_prompt, "document": context.spec.document_prompt},
+            "parity": json.loads(context.store.read(context.parity_key)),
+            **lengths,
+            "batch_tokens": min(record.facts["batch_tokens"] for record in pieces),
             "vectormill": package_version("vectormill"),
         },
         metric=context.config.index.metric,
@@ -300,6 +306,11 @@ def _measure(context: BuildContext, manifest: Manifest) -> dict[str, Any]:
             " Raise index.M or index.refine_factor, or lower the bound, and run again: vectors are kept"
         )
     return quality
+
+
+def _left_out(pieces: Sequence[CommitRecord], row_ids: RowIds, outcome: str) -> dict[str, int]:
+    """Rows rejected or dropped by reason: in the pieces, and as duplicates across them (which have reasons of their own)."""
+    return dict(sorted((_sum(pieces, outcome) | row_ids.duplicates.counts(outcome)).items()))
 
 
 def _sum(pieces: Sequence[CommitRecord], outcome: str) -> dict[str, int]:

@@ -19,18 +19,18 @@ from operators.artifact.list_assignment import ListAssignment
 from operators.artifact.manifest import Manifest, PartRef
 from operators.artifact.quantizer import Quantizer, read_quantizer
 from operators.artifact.verifier import PartReport, verify_part
+from operators.encoding.encode_config import EncodeConfig, configured_model
+from operators.encoding.text_encoder import TextEncoder
 from operators.errors import FingerprintError
 from operators.index_config import IndexConfig, IndexSizes
 from operators.merger import check_inputs, merge_range
-from operators.model import load_spec, resolve_model
 from operators.piece_store import read_table, write_table
 from operators.query_sample import lowest_queries
-from operators.row_ids import RowIds, assign_row_ids
+from operators.row_ids import Duplicates, RowIds, assign_row_ids, duplicate_lines
 from operators.shard_builder import PieceOfShard, build_shard
 from operators.storage.checked import CheckedFile, ObjectEntry, put_checked, write_checked
 from operators.storage.commits import CommitRecord, commit, new_attempt, read_record
 from operators.storage.store import Store, open_store
-from operators.text_encoder import EncodeConfig, TextEncoder
 from operators.trainer import SampledRows, join_samples, sample_pieces, train_quantizer
 
 PROBE_RECALL_K = 10
@@ -53,15 +53,15 @@ class Threads:
         faiss.omp_set_num_threads(self.count)
 
 
-def number_rows(store_url: str, pieces: Sequence[CommitRecord]) -> RowIds:
+def number_rows(store_url: str, pieces: Sequence[CommitRecord], drop_equal_texts: bool) -> RowIds:
     """Row ids and duplicates of the whole corpus."""
-    return assign_row_ids(open_store(store_url), pieces)
+    return assign_row_ids(open_store(store_url), pieces, drop_equal_texts=drop_equal_texts)
 
 
-def write_rejects(store: Store, key: str, pieces: Sequence[CommitRecord], duplicates: pa.Table) -> ObjectEntry | None:
+def write_rejects(store: Store, key: str, pieces: Sequence[CommitRecord], duplicates: Duplicates) -> ObjectEntry | None:
     """All rows that were left out, in source order, duplicates last; None when there are none. Streams piece by piece."""
     with_rejects = [record for record in pieces if "rejects" in record.objects]
-    if not with_rejects and not duplicates.num_rows:
+    if not with_rejects and not len(duplicates.place_F):
         return None
     with (
         write_checked(store, key) as pending,
@@ -70,8 +70,8 @@ def write_rejects(store: Store, key: str, pieces: Sequence[CommitRecord], duplic
     ):
         for record in with_rejects:
             writer.write_table(read_table(store, record.objects["rejects"]))
-        if duplicates.num_rows:
-            writer.write_table(duplicates)
+        for lines in duplicate_lines(store, pieces, duplicates):
+            writer.write_table(lines)
     return pending.entry
 
 
@@ -123,7 +123,7 @@ def train(
 
 def query_encoder(encode: EncodeConfig, model_fingerprint: str) -> TextEncoder:
     """The corpus's encoder, for queries. Raises FingerprintError when the model at hand is another one."""
-    spec = load_spec(resolve_model(encode.model), encode.pooling)
+    spec = configured_model(encode)
     if spec.fingerprint != model_fingerprint:
         raise FingerprintError(
             f"the model at {spec.path} has fingerprint {spec.fingerprint[:12]}, the index was built with {model_fingerprint[:12]};"

@@ -19,10 +19,11 @@ import pyarrow.parquet as pq
 
 from operators.artifact.index import Index, Neighbours
 from operators.artifact.manifest import Manifest, open_current
+from operators.cleaner import CleanConfig, clean_text
+from operators.encoding.encode_config import EncodeConfig
 from operators.errors import ConfigError
 from operators.storage.filesystem import filesystem_for, is_local
 from operators.storage.store import open_store
-from operators.text_encoder import EncodeConfig
 from pipelines.index_stages import query_encoder
 
 # Vectors that a batch of queries scores again: at d = 384 about 100 MB of float32.
@@ -90,10 +91,11 @@ def check_search_settings(manifest: Manifest, k: int, nprobe: int | None, refine
 
 
 def encode_queries(manifest: Manifest, texts: Sequence[str], model: str | None) -> npt.NDArray[np.float32]:
-    """Vectors float32 [Q, d] of the texts, made by the model and with the settings that made the version."""
+    """Vectors float32 [Q, d] of the texts, cleaned as the corpus was, by the model and settings that made the version."""
     stored = manifest.config["encode"]
     # The place and the device are this machine's; what changes a vector is as it was when the corpus was encoded.
-    config = EncodeConfig(**{**stored, "device": "auto", "model": stored["model"] if model is None else model})
+    here = {"device": "auto", "model": stored["model"] if model is None else model}
+    config = EncodeConfig(**{**stored, **here, "outputs": tuple(stored.get("outputs", ()))})
     try:
         encoder = query_encoder(config, manifest.model["fingerprint"])
     except ConfigError as error:
@@ -103,7 +105,15 @@ def encode_queries(manifest: Manifest, texts: Sequence[str], model: str | None) 
             f"the model that this index was built with cannot be loaded from where it was then ({stored['model']!r}):"
             f" {error}; say where it is now with --model"
         ) from None
-    return encoder.encode_queries(list(texts))
+    stored_clean = manifest.config.get("clean", {})
+    clean = CleanConfig(**{**stored_clean, "keep": tuple(stored_clean.get("keep", ()))})
+    cleaned = [clean_text(clean, text) for text in texts]
+    for text, left in zip(texts, cleaned, strict=True):
+        if not left.strip():
+            raise ConfigError(
+                f"a query must have text, got {text!r}, of which the index's cleaning (clean.*) leaves nothing"
+            )
+    return encoder.encode_queries(cleaned)
 
 
 def search_in_batches(

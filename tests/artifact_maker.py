@@ -6,6 +6,7 @@ N chunks, Q queries, d dimensions.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import time
@@ -92,6 +93,7 @@ def encoded_table(
         "text": list(texts),
         "source": [source] * len(texts),
         "row": (np.cumsum(np.asarray(chunk_no) == 0) - 1).tolist(),
+        "text_hash": [hashlib.blake2b(doc_id.encode(), digest_size=16).digest() for doc_id in doc_ids],
     }
     schema = schemas.encoded(d)
     arrays = [pa.array(columns[name], schema.field(name).type) for name in columns]

@@ -60,7 +60,7 @@ __device__ __noinline__ int nearest_in_float64(const Value* x, const float* cent
     for (int pass = 0; pass < 2; ++pass) {
         const double least =
             best - 2.0 * (SUB_DIMS + 4) *
-                       (1.01 * 1.1102230246251565e-16 * (2.0 * sqrt(row_squares) + most) * most + 1.1754943508222875e-38);
+                       (1.01 * 1.1102230246251565e-16 * (2.0 * sqrt(row_squares) + most) * most);
         for (int k = 0; k < CODEWORDS; ++k) {
             double product = 0.0, squares = 0.0;
 #pragma unroll

@@ -39,7 +39,7 @@ class RunSlice:
     row_ids: np.ndarray  # int64 [n]
     codes: np.ndarray  # uint8 [n, B]
     vectors: np.ndarray  # float16 [n, d]
-    rows: pa.Table  # schemas.ROW_STORE, n rows
+    rows: pa.Table  # schemas.ROW_STORE and the columns of further outputs, n rows
 
 
 def row_id_checksum(row_ids: np.ndarray) -> int:
@@ -64,7 +64,13 @@ class RunWriter:
     """Streams a run to storage, list after list. `list_sizes_L` must be known before; `write_run` makes one."""
 
     def __init__(
-        self, list_sizes_L: np.ndarray, first_list: int, code_size: int, d: int, files: dict[str, Any]
+        self,
+        list_sizes_L: np.ndarray,
+        first_list: int,
+        code_size: int,
+        d: int,
+        rows_schema: pa.Schema,
+        files: dict[str, Any],
     ) -> None:
         self._sizes = list_sizes_L.astype(np.int64)
         self._first_list = first_list
@@ -81,7 +87,7 @@ class RunWriter:
         np.lib.format.write_array_header_1_0(header, {"descr": "<f2", "fortran_order": False, "shape": shape})
         self._vectors.write(header.getvalue())
         self._parquet = pq.ParquetWriter(
-            pa.PythonFile(rows, mode="w"), schemas.ROW_STORE, compression="zstd", use_dictionary=["source"]
+            pa.PythonFile(rows, mode="w"), rows_schema, compression="zstd", use_dictionary=["source"]
         )
         self._buffered: list[pa.Table] = []
         self._num_buffered = 0
@@ -153,7 +159,14 @@ class FinishedRun:
 
 @contextmanager
 def write_run(
-    store: Store, key_prefix: str, *, list_sizes_L: np.ndarray, first_list: int, code_size: int, d: int
+    store: Store,
+    key_prefix: str,
+    *,
+    list_sizes_L: np.ndarray,
+    first_list: int,
+    code_size: int,
+    d: int,
+    rows_schema: pa.Schema = schemas.ROW_STORE,
 ) -> Iterator[tuple[RunWriter, FinishedRun]]:
     """Writer of a run with objects `<key_prefix>.lists`, `.vectors.npy` and `.rows.parquet`.
 
@@ -164,7 +177,7 @@ def write_run(
     with ExitStack() as stack:
         pending = {role: stack.enter_context(write_checked(store, key_prefix + end)) for role, end in names.items()}
         files = {role: each.file for role, each in pending.items()}
-        writer = RunWriter(list_sizes_L, first_list, code_size, d, files)
+        writer = RunWriter(list_sizes_L, first_list, code_size, d, rows_schema, files)
         try:
             yield writer, finished
             crash_point("run.before_finish")  # in a shard or in a merge: data streams are open, nothing is visible
@@ -276,13 +289,19 @@ class RunReader:
     def read_rows(self, lo: int, hi: int, columns: list[str] | None = None) -> pa.Table:
         """Row store entries [lo, hi)."""
         if lo >= hi:
-            schema = schemas.ROW_STORE if columns is None else pa.schema([schemas.ROW_STORE.field(c) for c in columns])
+            schema = self.rows_schema if columns is None else pa.schema([schemas.ROW_STORE.field(c) for c in columns])
             return schema.empty_table()
         parquet, starts = self._open_rows()
         first = int(np.searchsorted(starts, lo, side="right")) - 1
         last = int(np.searchsorted(starts, hi, side="left"))
         table = parquet.read_row_groups(list(range(first, last)), columns=columns, use_threads=False)
         return table.slice(lo - int(starts[first]), hi - lo)
+
+    @property
+    def rows_schema(self) -> pa.Schema:
+        """schemas.ROW_STORE, and the columns of further outputs where the run has them."""
+        schema: pa.Schema = self._open_rows()[0].schema_arrow.remove_metadata()
+        return schema
 
     def row_group_of(self, position: int) -> tuple[int, int]:
         """(row group, first entry of it) in which the entry lies."""
@@ -291,8 +310,8 @@ class RunReader:
         return group, int(starts[group])
 
     def read_row_group(self, group: int) -> pa.Table:
-        """One whole row group of the row store."""
-        return self._open_rows()[0].read_row_group(group, use_threads=False)
+        """One whole row group of the row store, without the columns of further outputs."""
+        return self._open_rows()[0].read_row_group(group, columns=schemas.ROW_STORE.names, use_threads=False)
 
     def _open_rows(self) -> tuple[pq.ParquetFile, np.ndarray]:
         if self._parquet is None or self._row_group_starts is None:

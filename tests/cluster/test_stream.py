@@ -9,10 +9,10 @@ from cluster.preflight import StreamPlan
 from cluster.session import ClusterConfig, connect
 from cluster.stream import StreamJob, _dataset
 from operators.chunker import ChunkConfig
+from operators.encoding.encode_config import EncodeConfig
 from operators.sources.listing import list_sources
 from operators.sources.pieces import plan_pieces
 from operators.sources.read_config import ReadConfig
-from operators.text_encoder import EncodeConfig
 
 
 def test_tokenizing_is_not_fused_into_the_encoders(ray_cluster: str, tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ def entries_of(sizes: list[int], seed: int = 0) -> RunSlice:
         "text": texts,
         "source": [f"s{i % 3}" for i in range(n)],
         "row": list(range(n)),
+        "text_hash": [bytes(16)] * n,
     }
     rows = pa.table(
         [pa.array(columns[f.name], f.type) for f in schemas.ROW_STORE], schema=schemas.ROW_STORE

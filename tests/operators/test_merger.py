@@ -117,6 +117,7 @@ def committed_run(store: Store, name: str, num_lists: int, list_size: int, d: in
     row_ids = np.arange(n, dtype=np.int64) + (n if name.endswith("1") else 0)
     texts = [f"{i} some words that a document may well consist of" for i in range(n)]
     columns = [row_ids, list_no, texts, [0] * n, [0] * n, [len(t) for t in texts], texts, ["a.csv"] * n, row_ids]
+    columns.append([bytes(16)] * n)
     arrays = [pa.array(column, field.type) for column, field in zip(columns, schemas.ROW_STORE, strict=True)]
     vectors = rng.standard_normal((n, d)).astype(np.float16)
     codes = rng.integers(0, 256, (n, 32)).astype(np.uint8)

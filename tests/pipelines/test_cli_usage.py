@@ -19,7 +19,7 @@ from pipelines import cli
 from pipelines.cli_output import bytes_text, rows_text, show_results, show_verification
 from pipelines.search import Query, read_queries, write_results
 
-COMMANDS = ("build", "search", "eval", "info", "verify", "demo")
+COMMANDS = ("build", "search", "eval", "info", "verify", "history", "rollback", "gc", "demo")
 
 
 def _run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -92,6 +92,12 @@ def test_the_module_runs_as_the_program_does() -> None:
         (["eval", "nowhere", "--queries", "q.parquet", "--qrels", "r.parquet"], 9, "no index is published at"),
         (["verify", "nowhere"], 9, "no index is published at"),
         (["verify", "nowhere", "--version", "v000009"], 9, "no version 'v000009'"),
+        (["history", "nowhere"], 9, "no index is published at"),
+        (["rollback", "nowhere"], 9, "no index is published at"),
+        (["rollback", "nowhere", "v000009"], 9, "no version 'v000009'"),
+        (["gc", "nowhere"], 9, "no index is published at"),
+        (["gc", "nowhere", "--keep", "0"], 2, "must be at least 1, got 0 (--keep)"),
+        (["gc", "nowhere", "--min-age", "1 day"], 2, "got '1 day' (--min-age)"),
         (["info", "ftp://host/index"], 2, "must be a local path or start with s3://"),
         (["demo", "--documents", "0"], 2, "at least 1 document"),
     ],

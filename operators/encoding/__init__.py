@@ -1,0 +1,1 @@
+"""From texts and token ids to vectors: model folders, tokenizers, forward passes, pooling. No Ray, no pyarrow."""
