@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -9,17 +10,27 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
+from benchmarks import encode
+from benchmarks.encode_ceiling import model_work
+from benchmarks.encode_contenders import serve
+from benchmarks.encode_race import cosines
+from benchmarks.made_models import made_texts, make_model
 from benchmarks.memory_sampler import MemorySampler
 from benchmarks.report import spread
 from benchmarks.texts import short_texts, write_corpus
+from operators.encoding.encode_config import EncodeConfig
+from operators.encoding.model_folder import load_spec
+from operators.encoding.text_encoder import TextEncoder
+from operators.encoding.tokenizer import load_tokenizer
 from operators.errors import SourceError
-from operators.model import load_spec, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-BENCHMARKS = ("build_throughput", "build_memory", "assign_scaling", "ivfpq_memory")
+BENCHMARKS = ("build_throughput", "build_memory", "assign_scaling", "ivfpq_memory", "encode")
 
 
 def run(name: str, *arguments: str) -> str:
@@ -55,6 +66,111 @@ def test_corpus_has_distinct_ids_and_row_groups_of_the_asked_size(tmp_path: Path
     table = parquet.read()
     assert len(set(table.column("id").to_pylist())) == 10
     assert table.column("text").to_pylist() == [*"abcabcabca"]
+
+
+@pytest.fixture(scope="module")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model("tiny", tmp_path_factory.mktemp("tiny"))
+
+
+def test_made_texts_have_as_many_tokens_of_the_made_model_as_asked_for(tiny_bert: Path) -> None:
+    texts = made_texts(50, 10, 128)
+    lengths = [len(found.ids) for found in load_tokenizer(load_spec(tiny_bert)).encode_batch(texts)]
+    assert 10 <= min(lengths) < 20
+    assert 110 < max(lengths) <= 128
+    assert {len(found.ids) for found in load_tokenizer(load_spec(tiny_bert)).encode_batch(made_texts(9, 128, 128))} == {
+        128
+    }
+
+
+def test_encode_counts_the_operations_of_linear_layers_and_of_attention(tiny_bert: Path) -> None:
+    work = model_work(tiny_bert)  # 2 layers: 4 products of 64 x 64, one of 64 x 128, one of 128 x 64; 4 heads of 16
+    assert work.linear == 2 * 2 * (4 * 64 * 64 + 2 * 64 * 128)
+    assert work.shapes == ((64, 64), (64, 128), (128, 64))
+    # One text of 10 tokens: scores and weighted sums are 2 * 10 * 10 * 64 operations each, in each of 2 layers.
+    assert work.per_token([10]) == work.linear + 2 * 2 * 2 * 10 * 10 * 64 / 10
+    assert work.per_token([10, 30]) == work.linear + 2 * 2 * 2 * 64 * (10 * 10 + 30 * 30) / 40
+
+
+@pytest.mark.parametrize("way", ["sentence_transformers", "padded_loop"])
+def test_a_peer_of_the_encoder_gives_vectors_and_counts_what_it_computes(
+    tiny_bert: Path, tmp_path: Path, way: str
+) -> None:
+    texts = made_texts(10, 10, 100)
+    (tmp_path / "texts.json").write_text(json.dumps([texts]))
+    settings = {"way": way, "precision": "float32", "device": "cpu", "model": str(tiny_bert), "batch_size": 4}
+    settings |= {"threads": 1, "max_seq_length": 512, "vocab_size": 30_522, "texts": str(tmp_path / "texts.json")}
+    check = {"do": "check", "part": 0, "save": str(tmp_path / "v.npy")}
+    answers = io.StringIO()
+    serve(io.StringIO("\n".join(map(json.dumps, [settings, check, {"do": "memory"}]))), answers)
+    started, checked, memory = map(json.loads, answers.getvalue().splitlines())
+    assert started["versions"]["torch"]
+    lengths = [len(text.split()) + 2 for text in sorted(texts, key=len, reverse=True)]
+    padded = sum(len(lengths[begin : begin + 4]) * max(lengths[begin : begin + 4]) for begin in range(0, 10, 4))
+    assert checked["computed_tokens"] == padded > sum(lengths)
+    assert memory["peak_rss_mb"] > 100
+    encoder = TextEncoder(EncodeConfig(precision="float32"), load_spec(tiny_bert))
+    assert cosines(np.load(tmp_path / "v.npy"), encoder.encode_texts(texts)).min() > 0.99999
+
+
+def test_encode_run_needs_torch_and_transformers_only_and_reports_its_keys(tmp_path: Path) -> None:
+    absent = ("ray", "pyarrow", "faiss", "fsspec", "numba", "cupy", "sentence_transformers")
+    (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({absent}))\n")
+    command = [sys.executable, "-m", "benchmarks.encode", "--model", "made:tiny", "--rounds=1", "--texts-per-round=30"]
+    done = subprocess.run(
+        [*command, "--tokens", "10", "100", "--profile", "--json", f"--out={tmp_path / 'encode.json'}"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]])},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode in (0, 1), done.stderr  # floors are for real sizes
+    report = json.loads(done.stdout)
+    assert json.loads((tmp_path / "encode.json").read_text()) == report
+    assert str(tmp_path) not in done.stdout
+    (run_,) = report["runs"]
+    assert set(run_["contenders"]) == {"ours", "st_fp32", "st_bf16"}
+    assert run_["contenders"]["st_fp32"]["way"] == "padded_loop"
+    for key in ("tokens_per_s", "ratio_vs_st_fp32", "ratio_vs_st_bf16", "ceiling_share"):
+        assert report[key] == run_[key] > 0
+    assert 0.99 < report["cosine_min"] <= report["cosine_mean"] < 1.00001
+    assert run_["padding_share"] < run_["contenders"]["st_fp32"]["padding_share"]
+    assert len(run_["rounds"]["ratio_vs_st_fp32"]) == 1
+    best = max(run_["ceiling"]["large_products_gflops"].values())
+    assert run_["ceiling"]["gflops"] == best
+    share = report["tokens_per_s"] * run_["ceiling"]["flops_per_token"] / (best * 1e9)
+    assert share == pytest.approx(report["ceiling_share"], rel=0.02, abs=1e-4)
+    assert sum(run_["profile"]["share"].values()) == pytest.approx(1.0, abs=0.01)
+    assert min(run_["profile"]["share"][name] for name in ("linear", "attention", "pooling")) > 0
+    met = all(one["met"] for each in report["targets"].values() for one in each.values())
+    assert done.returncode == (0 if met else 1)
+
+
+def test_encode_takes_the_distinct_texts_of_a_parquet_file_and_names_a_missing_column(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_corpus(tmp_path / "c.parquet", ["a", "b", "", "c"], 40, 10)
+    given = encode.parse([f"--texts={tmp_path / 'c.parquet'}", "--rounds=1", "--texts-per-round=5"])
+    texts, about = encode.texts_for("all-MiniLM-L6-v2", given)
+    assert sorted(texts) == ["a", "b", "c"]
+    assert about == {"from": "c.parquet", "distinct": 3}
+    write_corpus(tmp_path / "long.parquet", ["one two three four five six " * 9, "alpha beta gamma " * 9], 2, 10)
+    given = encode.parse(["--texts", str(tmp_path / "long.parquet"), "--cut", "--tokens", "5", "9", "--rounds=1"])
+    given.texts_per_round = 5
+    texts, _ = encode.texts_for("all-MiniLM-L6-v2", given)
+    assert len(set(texts)) == 10
+    assert {len(text.split()) for text in texts} <= {3, 4, 5, 6, 7}
+    assert encode.main([f"--texts={tmp_path / 'c.parquet'}", "--text-column=body"]) == 2
+    assert "'body' of" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_encode_on_cuda_ends_with_2_and_one_line_where_there_is_no_device(capsys: pytest.CaptureFixture[str]) -> None:
+    assert encode.main(["--device=cuda", "--json"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert len(err.splitlines()) == 1
 
 
 def test_spread_of_even_and_odd_numbers_of_rounds() -> None:
