@@ -40,11 +40,7 @@ class Encoder:
 
         Raises SourceError that names doc_id and chunk_no of the first vector with NaN or an infinity.
         """
-        sequences, spans = pooled_spans(chunks)
-        try:
-            vectors_ND = self.text_encoder.encode_ids(sequences, spans)
-        except NonFiniteVectorError as error:
-            raise _non_finite(chunks, error.index, str(error)) from error
+        vectors_ND = self._vectors(chunks)
         with np.errstate(over="ignore"):  # checked by the next line, with the row's name
             halves_ND = vectors_ND.astype(np.float16)
         bad = np.flatnonzero(~np.isfinite(halves_ND).all(axis=1))
@@ -57,19 +53,29 @@ class Encoder:
         columns = [made[name] if name in made else chunks.column(name) for name in schema.names]
         return pa.table(columns, schema=schema)
 
+    def _vectors(self, chunks: pa.Table) -> npt.NDArray[np.float32]:
+        """float32 [N, D]. Raises SourceError that names the document of the first with NaN or an infinity."""
+        try:
+            return self.text_encoder.encode_ids(*pooled_spans(chunks))
+        except NonFiniteVectorError as error:
+            raise _non_finite(chunks, error.index, str(error)) from error
+
     def queries(self, chunks: pa.Table) -> pa.Table:
         """The piece's share of the query sample (schemas.QUERIES), encoded as queries are."""
         order, texts = draw_queries(chunks)
-        return query_table(order, texts, self.text_encoder.encode_queries(texts))
+        try:
+            return query_table(order, texts, self.text_encoder.encode_queries(texts))
+        except NonFiniteVectorError as error:
+            raise SourceError(f"a query drawn from the piece ({texts[error.index]!r}): {error}") from error
 
     def check_parity(self, chunks: pa.Table, num_compared: int) -> Parity:
         """The chunks as a run encodes them against plain float32; of the sequences `num_compared`, evenly spaced by length.
 
-        All chunks share the batches, as in a run. Raises ConfigError that names the worst text when a bound of the settings
+        All chunks share the batches, as in a run. Raises SourceError for a vector with NaN, and ConfigError that names the worst text when a bound of the settings
         (encode.min_parity, encode.min_mean_parity) is not kept.
         """
         (flat, offsets), spans = pooled_spans(chunks)
-        found_ND = self.text_encoder.encode_ids((flat, offsets), spans)
+        found_ND = self._vectors(chunks)
         by_length = np.argsort(np.diff(offsets), kind="stable")
         places = np.linspace(0, len(by_length) - 1, min(num_compared, len(by_length))).astype(np.int64)
         picked = np.sort(by_length[places])
@@ -88,7 +94,7 @@ class Encoder:
                 f"the encoder does not give the model's vectors, nothing was encoded: {problem}; worst of {parity.num_vectors}"
                 f" is doc_id {row['doc_id']!r} chunk_no {row['chunk_no']} ({row['source']}, cosine {parity.minimum:.6f}), with"
                 f" encode.precision {self.config.precision} and {self.text_encoder.attention} attention; use"
-                " encode.precision=float32 or encode.attention=padded, or lower the bound if this is meant"
+                " encode.precision=float32 (or bfloat16 in place of int8), or lower the bound if this is meant"
             )
         return parity
 

@@ -10,7 +10,8 @@ PIECE_CODE_VERSION = 2
 # Likewise for training, codes and the run format.
 INDEX_CODE_VERSION = 2
 
-_LIBRARIES = ("torch", "transformers", "tokenizers", "pyarrow")
+# numba compiles the attention of bfloat16 and the loops of int8.
+_LIBRARIES = ("torch", "transformers", "tokenizers", "pyarrow", "numba")
 
 
 def piece_fingerprint(settings: dict[str, Any], model_fingerprint: str) -> dict[str, Any]:

@@ -13,20 +13,25 @@ import dataclasses
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from cluster.preflight import check_environment, plan_stream
 from cluster.session import Session, connect
 from cluster.stream import StreamJob, stream_pieces
 from cluster.tasks import run_tasks
 from operators.artifact.manifest import CURRENT_KEY, Manifest, open_current, publish, write_manifest
+from operators.chunker import Chunker
 from operators.cleaner import plugin_fingerprints
 from operators.crash_points import crash_point
-from operators.encoding.encode_config import configured_model, resolve_device, resolve_precision
+from operators.encoding.encode_config import NEEDS_PRECISION, configured_model, precision_of_run
 from operators.encoding.model_folder import ModelSpec
+from operators.encoding.outputs import parse_outputs
 from operators.errors import ConfigError, IntegrityError, RejectLimitError, SourceError
 from operators.fingerprint import index_fingerprint, piece_fingerprint
 from operators.piece_store import piece_key
@@ -75,9 +80,10 @@ class BuildContext:
 
     @property
     def uses_gpu(self) -> bool:
-        """Whether encoders run on GPUs: this machine's, or the cluster's."""
-        device = self.config.encode.device
-        return resolve_device(self.config.encode) == "cuda" or (device != "cpu" and self.session.num_gpus > 0)
+        """Whether encoders run on GPUs: wherever Ray has one, unless the settings say otherwise."""
+        encode = self.config.encode
+        on_cpu = encode.device == "cpu" or (encode.device == "auto" and encode.precision == "int8")
+        return not on_cpu and (encode.device == "cuda" or self.session.num_gpus > 0)
 
     @property
     def parity_key(self) -> str:
@@ -106,7 +112,11 @@ def build(
     with progress or RunProgress(quiet=True) as shown:
         check_environment()
         spec = configured_model(config.encode)
-        precision = resolve_precision(config.encode)
+        asked, precision = config.encode.precision, precision_of_run(config.encode)
+        parse_outputs(config.encode.outputs, spec.d)
+        Chunker(
+            config.chunk, spec
+        ).setup()  # refuses settings that do not go with the model, before anything is written
         config = dataclasses.replace(config, encode=dataclasses.replace(config.encode, precision=precision))
         settings = config.semantic("read", "clean", "chunk", "encode") | plugin_fingerprints(config.clean)
         # Equal texts are found when rows are numbered: pieces hold them all.
@@ -129,10 +139,12 @@ def build(
         epoch = take_epoch(store, run.run_id)
         check_run_kept(store, run)
         shown.stage("start Ray")
-        with connect(config.cluster) as session:
+        with connect(config.cluster) as session, _forgotten_if_refused(store, run):
             context = BuildContext(
                 store, config, spec, run, epoch, session, shown, fingerprint, _epoch_watch(store, epoch)
             )
+            if context.uses_gpu and asked == "auto" and not torch.cuda.is_available():
+                raise ConfigError(NEEDS_PRECISION)
             pieces, unreadable = _plan(context, listing)
             records, encoded = _stream(context, pieces, unreadable)
             _check_rejects(context, records)
@@ -235,9 +247,6 @@ def _stream(context: BuildContext, pieces: list[Piece], unreadable: list[str]) -
     missing = [piece for piece in pieces if piece.piece_id not in committed]
     failures = list(unreadable)
     if missing:
-        _check_parity(context, job, missing)
-    context.progress.stage("encode pieces", total=len(pieces), done=len(pieces) - len(missing))
-    if missing:
         plan = plan_stream(
             context.session,
             workers=config.encode.workers,
@@ -245,6 +254,9 @@ def _stream(context: BuildContext, pieces: list[Piece], unreadable: list[str]) -
             use_gpu=context.uses_gpu,
             pieces_in_flight=config.cluster.pieces_in_flight,
         )
+        _check_parity(context, job, missing)
+    context.progress.stage("encode pieces", total=len(pieces), done=len(pieces) - len(missing))
+    if missing:
         totals: Counter[str] = Counter()
         started = time.monotonic()
         results = stream_pieces(
@@ -284,6 +296,17 @@ def _stream(context: BuildContext, pieces: list[Piece], unreadable: list[str]) -
     return [record for record in records if record is not None], len(missing)
 
 
+@contextmanager
+def _forgotten_if_refused(store: Store, run: Run) -> Iterator[None]:
+    """A run that is refused for its settings before it has done anything is no unfinished work: mended ones differ."""
+    try:
+        yield
+    except ConfigError:
+        if not run.resumed and not store.list_keys(f"{run.prefix}/pieces"):
+            store.delete_tree(run.prefix)
+        raise
+
+
 def _stream_job(context: BuildContext) -> StreamJob:
     config, run = context.config, context.run
     inputs = digest_of(run.fingerprint)
@@ -301,6 +324,10 @@ def _check_parity(context: BuildContext, job: StreamJob, missing: list[Piece]) -
     resources = {"num_cpus": 1, "num_gpus": 1} if context.uses_gpu else {"num_cpus": threads}
     found = context.tasks(check_parity, [(job, sample_of(missing))], **resources)[0]
     context.store.put(context.parity_key, json.dumps(found, sort_keys=True).encode())
+    if not found["num_vectors"]:
+        context.progress.say(
+            "no text of the pieces that were sampled could be read: the encoder was not compared with float32"
+        )
     if found["attention_reason"]:
         context.progress.say(f"batches are padded, which is slower: {found['attention_reason']}")
 

@@ -8,10 +8,12 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from operators.errors import FingerprintError
+from operators.errors import FencedError, FingerprintError
 from operators.settings import differing_fields
 from operators.storage.commits import seal, unseal
 from operators.storage.store import Store
+
+RUN_FILE = "run.json"  # by which a later build finds the run
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ def unfinished_runs(store: Store) -> list[Run]:
     """All runs whose work lies at the root, the oldest first."""
     runs = []
     for key in store.list_keys("runs"):
-        if key.endswith("/run.json") and key.count("/") == 2:
+        if key.endswith(f"/{RUN_FILE}") and key.count("/") == 2:
             body = unseal(store.read(key), f"{store.url}/{key}")
             runs.append(Run(body["run_id"], body["fingerprint"], resumed=True))
     return runs
@@ -54,14 +56,28 @@ def begin_or_resume(store: Store, fingerprint: dict[str, Any], sources: list[str
         return run
     run = Run(f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(3)}", fingerprint, resumed=False)
     body = {"run_id": run.run_id, "fingerprint": fingerprint, "sources": sources}
-    store.put(f"{run.prefix}/run.json", seal(body))
+    store.put(f"{run.prefix}/{RUN_FILE}", seal(body))
     return run
+
+
+def check_run_kept(store: Store, run: Run) -> None:
+    """Raise FencedError when gc has removed the run. Call it after taking the epoch: see pipelines/garbage.py."""
+    if store.size_bytes(f"{run.prefix}/{RUN_FILE}") is None:
+        raise FencedError(
+            f"run {run.run_id} at {store.url} was removed by gc before this build took it over; run the build again"
+        )
+
+
+def discard_run(store: Store, run_id: str) -> None:
+    """Delete the work of a run, first the file by which a build would find what is left of it."""
+    store.delete(f"runs/{run_id}/{RUN_FILE}")
+    store.delete_tree(f"runs/{run_id}")
 
 
 def discard_unfinished(store: Store) -> None:
     """Delete the work of all runs (--fresh, after taking the epoch)."""
     for run in unfinished_runs(store):
-        store.delete_tree(run.prefix)
+        discard_run(store, run.run_id)
 
 
 def sweep_segment(store: Store, segment_prefix: str, referenced: set[str]) -> None:

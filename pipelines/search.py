@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from operators.artifact.index import Index, Neighbours
 from operators.artifact.manifest import Manifest, open_current
@@ -94,8 +95,11 @@ def encode_queries(manifest: Manifest, texts: Sequence[str], model: str | None) 
     """Vectors float32 [Q, d] of the texts, cleaned as the corpus was, by the model and settings that made the version."""
     stored = manifest.config["encode"]
     # The place and the device are this machine's; what changes a vector is as it was when the corpus was encoded.
-    here = {"device": "auto", "model": stored["model"] if model is None else model}
-    config = EncodeConfig(**{**stored, **here, "outputs": tuple(stored.get("outputs", ()))})
+    # (float16 is the GPUs' and near to float32. A revision is the hub's; the fingerprint tells whether the model is the one.)
+    here = {"device": "auto", "outputs": (), "model": stored["model"] if model is None else model}
+    here |= {} if model is None else {"revision": ""}
+    here |= {"precision": "float32"} if stored["precision"] == "float16" and not torch.cuda.is_available() else {}
+    config = EncodeConfig(**{**stored, **here})
     try:
         encoder = query_encoder(config, manifest.model["fingerprint"])
     except ConfigError as error:

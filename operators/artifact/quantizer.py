@@ -18,6 +18,7 @@ from kernels.ivfpq import IvfPq
 from operators.artifact.list_assignment import NEAREST, ListAssignment
 from operators.errors import IntegrityError
 from operators.storage.checked import CheckedFile, ObjectEntry, put_checked
+from operators.storage.commits import new_attempt
 from operators.storage.store import Store
 
 
@@ -86,8 +87,11 @@ class Quantizer:
         return hashlib.sha256(self.serialized).hexdigest()
 
     def write(self, store: Store) -> ObjectEntry:
-        """Store it under its own digest."""
-        return put_checked(store, f"quantizers/{self.digest}.faissindex", self.serialized)
+        """Store it as a new object, under a name that begins with its digest.
+
+        The name is this call's own: an object that a version, a run or gc deletes is never one that another writes again.
+        """
+        return put_checked(store, f"quantizers/{self.digest}-{new_attempt()}.faissindex", self.serialized)
 
 
 def read_quantizer(store: Store, entry: ObjectEntry, assignment: ListAssignment = NEAREST) -> Quantizer:

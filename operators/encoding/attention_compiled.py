@@ -17,6 +17,9 @@ from numba import njit
 
 from operators.encoding.vector_code import COLUMNS, ROWS, interleave, multiply_tile, scale_row, softmax_row, transpose
 
+# Of vector_code.py: numba keeps what it compiled until this file changes, and must not when that one has.
+_VECTOR_CODE = "a0526b8ae90109ce"
+
 Array = Any  # numba compiles for the dtypes at the call; the docstrings name them
 
 _LOG2_E = 1.4426950408889634

@@ -11,6 +11,10 @@ from operators.errors import ConfigError
 from operators.settings import operational, semantic
 
 PRECISIONS = ("float32", "bfloat16", "float16", "int8")
+NEEDS_PRECISION = (
+    "encode.precision=auto is decided on the driver's machine, which has no CUDA device, while the encoders get GPUs: set"
+    " encode.precision to bfloat16, float16 or float32 (or encode.device=cpu)"
+)
 MODELS_OWN = "model"  # a prompt setting that leaves the prompt to the model's own settings
 
 
@@ -83,9 +87,11 @@ def configured_model(config: EncodeConfig) -> ModelSpec:
 
 
 def resolve_device(config: EncodeConfig) -> str:
-    """`cuda` or `cpu`. ConfigError when CUDA is asked for and absent."""
+    """`cuda` or `cpu` on this machine; int8 is the CPU's. ConfigError when CUDA is asked for and absent."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("encode.device must be auto or cpu on a machine without a CUDA device, got 'cuda'")
+    if config.device == "auto" and config.precision == "int8":
+        return "cpu"
     return "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
@@ -100,6 +106,15 @@ def resolve_precision(config: EncodeConfig) -> str:
             f"encode.precision {config.precision} needs the device {wanted}, got {device}: use bfloat16 or float32"
         )
     return config.precision
+
+
+def precision_of_run(config: EncodeConfig) -> str:
+    """The precision of all workers of a run, decided on the driver. ConfigError where `auto` cannot be decided there."""
+    if config.precision != "auto":
+        return config.precision
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(NEEDS_PRECISION)
+    return resolve_precision(config)
 
 
 def _multiplies_bfloat16(device: str) -> bool:

@@ -51,7 +51,7 @@ class ForwardPass:
     path: folder of a transformers model; a T5 gives its encoder. precision: float32, bfloat16, float16 (cuda) or int8
     (cpu). attention: "packed" concatenates the texts of a batch, "padded" pads them to the longest, "auto" packs where
     a comparison of both at load says that the model allows it. num_layers L > 0 leaves after the first L layers (the
-    model's final norm stays). compile: by torch.compile, on a GPU only, where it pays for long runs.
+    model's final norm stays).
     The same batch gives the same bits for the same settings, threads and machine.
     Raises ConfigError for a setting that cannot be used, and when "packed" is asked for and the model does not allow it.
     """
@@ -68,7 +68,6 @@ class ForwardPass:
         precision: str = "float32",
         attention: str = "auto",
         num_layers: int = 0,
-        compile: bool = False,
     ) -> None:
         _check_choice("precision", precision, PRECISIONS)
         _check_choice("attention", attention, ATTENTIONS)
@@ -76,15 +75,14 @@ class ForwardPass:
             raise ConfigError(f"encode.precision float16 needs a CUDA device, got device {device!r}: use bfloat16")
         if precision == "int8" and device != "cpu":
             raise ConfigError(f"encode.precision int8 needs the CPU, got device {device!r}: use bfloat16")
-        if compile and not device.startswith("cuda"):
-            raise ConfigError(f"encode.compile needs a CUDA device, got device {device!r}: a CPU has layers of its own")
         self._device = torch.device(device)
         self._model = load_model(path, num_layers)
         self.hidden_size = int(self._model.config.hidden_size)
         self._arguments = {"use_cache": False} if hasattr(self._model.config, "use_cache") else {}
         self._position_base = position_base(self._model)
         pad = getattr(self._model.config, "pad_token_id", None)
-        self._pad_id = int(pad) if pad is not None else 0
+        # Some Llamas say -1.
+        self._pad_id = int(pad) if pad is not None and 0 <= int(pad) < int(self._model.config.vocab_size) else 0
         self.attention, self.attention_reason = "padded", "encode.attention is padded"
         if attention != "padded":
             self.attention_reason = self._reason_to_pad()
@@ -94,9 +92,6 @@ class ForwardPass:
                 f"encode.attention must be auto or padded for this model, got 'packed': {self.attention_reason} ({path})"
             )
         self._prepare(precision)
-        if compile:
-            packed_attention.register(compiled=True)
-            self._model = torch.compile(self._model, dynamic=True)
 
     def __call__(self, flat_T: Ints, offsets: Ints) -> torch.Tensor:
         """[T, hidden_size] on the device: the last hidden states of the packed ids; sequence s is rows

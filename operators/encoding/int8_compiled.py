@@ -12,6 +12,9 @@ from numba import njit
 
 from operators.encoding.vector_code import bits_float, float_bits
 
+# Of vector_code.py: numba keeps what it compiled until this file changes, and must not when that one has.
+_VECTOR_CODE = "a0526b8ae90109ce"
+
 Array = Any  # numba compiles for the dtypes at the call; the docstrings name them
 
 _INFINITY_BITS = np.uint32(0x7F800000)

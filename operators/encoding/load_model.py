@@ -34,6 +34,11 @@ def _load(path: Path) -> Any:
         raise ConfigError(
             f"the model must be one that transformers knows: {str(error).strip().splitlines()[0]} ({path})"
         ) from None
+    if rope := _rope_types(config) & {"dynamic", "longrope"}:
+        raise ConfigError(
+            f"a text's vector must not depend on its batch, but this model's positions (rope type {', '.join(rope)}) depend"
+            f" on the longest text of a batch: choose another model ({path})"
+        )
     found: Any = MODEL_FOR_TEXT_ENCODING_MAPPING.get(type(config), None)
     if found is None or not found.__name__.endswith("EncoderModel"):
         found = MODEL_MAPPING.get(type(config), None)
@@ -66,6 +71,13 @@ def _load(path: Path) -> Any:
                 f"the first is {keys[0]} ({path})"
             )
     return model.eval()
+
+
+def _rope_types(config: Any) -> set[str]:
+    """Kinds of rotary positions, of all kinds of layers."""
+    settings = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    each = [settings, *(value for value in settings.values() if isinstance(value, dict))]
+    return {str(value.get("rope_type") or value.get("type")) for value in each}
 
 
 def position_base(model: Any) -> int | None:

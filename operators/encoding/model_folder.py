@@ -20,6 +20,7 @@ from operators.encoding.weight_files import (
     Shapes,
     check_weights,
     hidden_size,
+    holds_weights,
     num_layers,
     read_json,
     weight_files,
@@ -289,9 +290,9 @@ def _model_files(folder: Path) -> list[Path]:
         folders += [folder / module["path"] for module in read_json(folder / "modules.json") if module["path"]]
     files: set[Path] = set()
     for part in dict.fromkeys(folders):
-        found = [file for file in part.iterdir() if file.is_file()] if part.is_dir() else []
-        files.update(file for file in found if file.suffix in (".json", ".txt", ".model"))
-        if any(file.suffix in (".safetensors", ".bin") for file in found):
+        found = part.iterdir() if part.is_dir() else ()
+        files.update(file for file in found if file.is_file() and file.suffix in (".json", ".txt", ".model"))
+        if holds_weights(part):
             files.update(weight_files(part))
     return sorted(files)
 

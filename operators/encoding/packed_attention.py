@@ -214,12 +214,9 @@ def _attend_varlen(
     return out
 
 
-def register(compiled: bool = False) -> None:
-    """Makes NAME an attention implementation of transformers. May be called again.
-
-    compiled: for models that torch.compile traces; the attention stays outside of its graphs, as it looks at lengths.
-    """
+def register() -> None:
+    """Makes NAME an attention implementation of transformers. May be called again."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    AttentionInterface.register(NAME, torch.compiler.disable(attend) if compiled else attend)
-    AttentionMaskInterface.register(NAME, torch.compiler.disable(make_rule) if compiled else make_rule)
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, make_rule)

@@ -38,6 +38,9 @@ class NonFiniteVectorError(ValueError):
         super().__init__(message)
         self.index = index
 
+    def __reduce__(self) -> tuple[type[NonFiniteVectorError], tuple[int, str]]:
+        return NonFiniteVectorError, (self.index, str(self))
+
 
 @dataclasses.dataclass(frozen=True)
 class Spans:

@@ -22,6 +22,11 @@ POSITION_TABLE = "embeddings.position_embeddings.weight"
 _LONGEST_HEADER = 100_000_000  # the format's own limit
 
 
+def holds_weights(folder: Path) -> bool:
+    """Whether the folder has weights that `weight_files` finds, or an index of them."""
+    return any((folder / name).is_file() or (folder / f"{name}.index.json").is_file() for name in _NAMES)
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The weight files of one folder that are loaded: one, or the shards of an index; safetensors before .bin.
 

@@ -22,6 +22,10 @@ from operators.errors import IntegrityError
 from operators.storage.store import Store
 
 BLOCK_BYTES = 64 << 10
+# Published objects are deleted by gc alone, with the last version that names them.
+GONE_ADVICE = (
+    "; if `vectormill gc` removed the version that it belongs to, open the index again: that reads the published one"
+)
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,9 @@ class CheckedFile(io.RawIOBase):
         self.entry = entry
         size = store.size_bytes(entry.key)
         if size is None:
-            raise IntegrityError(f"object {self._name} is missing; it should hold {entry.size_bytes} bytes")
+            raise IntegrityError(
+                f"object {self._name} is missing; it should hold {entry.size_bytes} bytes{GONE_ADVICE}"
+            )
         if size != entry.size_bytes:
             raise IntegrityError(f"object {self._name} must hold {entry.size_bytes} bytes, found {size}")
         self._read_range = store.reader(entry.key)
@@ -217,7 +223,7 @@ class CheckedFile(io.RawIOBase):
         try:
             data = self._read_range(first * width, min(end * width, self.entry.size_bytes))
         except FileNotFoundError:
-            raise IntegrityError(f"object {self._name} went missing while it was read") from None
+            raise IntegrityError(f"object {self._name} went missing while it was read{GONE_ADVICE}") from None
         view = memoryview(data)
         blocks = {}
         for number in range(first, end):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import os
 import shutil
+import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from operators.storage.store import Store
+from operators.storage.store import Store, StoredObject
 
 TEMPORARY_PREFIX = ".tmp-"
 
@@ -87,6 +89,24 @@ class LocalStore(Store):
             keys += [str(relative / name) for name in names if not name.startswith(TEMPORARY_PREFIX)]
         return sorted(keys)
 
+    def list_objects(self, prefix: str) -> list[StoredObject]:
+        return sorted(self._stats(prefix, temporary=False), key=lambda found: found.key)
+
+    def list_half_written(self, prefix: str) -> list[StoredObject]:
+        return sorted(self._stats(prefix, temporary=True), key=lambda found: found.key)
+
+    def _stats(self, prefix: str, *, temporary: bool) -> Iterator[StoredObject]:
+        for parent, _, names in os.walk(self.local_path(prefix)):
+            for name in names:
+                if name.startswith(TEMPORARY_PREFIX) == temporary:
+                    path = Path(parent, name)
+                    with contextlib.suppress(FileNotFoundError):  # deleted or renamed since the folder was read
+                        stat = path.stat()
+                        yield StoredObject(str(path.relative_to(self._folder)), stat.st_size, stat.st_mtime)
+
+    def clock(self) -> float:
+        return time.time()
+
     def _write_temporary(self, key: str, data: bytes) -> Path:
         target = self.local_path(key)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -136,6 +156,23 @@ class LocalStore(Store):
 
     def delete(self, key: str) -> None:
         self.local_path(key).unlink(missing_ok=True)
+
+    def delete_many(self, keys: Sequence[str]) -> None:
+        folders = {self.local_path(key).parent for key in keys}
+        for key in keys:
+            self.delete(key)
+        for folder in sorted(folders, key=lambda folder: -len(folder.parts)):
+            # Folders of units (a version, a segment, a run) have names that are never used again; those above them stay.
+            while len(folder.relative_to(self._folder).parts) > 1:
+                try:
+                    folder.rmdir()
+                except FileNotFoundError:
+                    pass
+                except OSError:  # not empty
+                    break
+                folder = folder.parent
+            with contextlib.suppress(FileNotFoundError):  # another process removed it, empty as it was
+                fsync_folder(folder)
 
     def delete_tree(self, prefix: str) -> None:
         shutil.rmtree(self.local_path(prefix), ignore_errors=True)

@@ -7,14 +7,16 @@ import hashlib
 import random
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 from operators.errors import ResourceError
-from operators.storage.store import Store
+from operators.storage.store import Store, StoredObject
 
 CLAIM_STALE_S = 60.0
 CLAIM_DEADLINE_S = 120.0
+DELETE_AT_ONCE = 1000  # the most that S3 takes
 _PRECONDITION_CODES = {"PreconditionFailed", "ConditionalRequestConflict", "412", "409"}
 _UNSUPPORTED_CODES = {"NotImplemented", "InvalidArgument", "501"}
 
@@ -71,6 +73,21 @@ class S3Store(Store):
     def list_keys(self, prefix: str) -> list[str]:
         found = self._fs.find(self._path(prefix))
         return sorted(path[len(self._base) + 1 :] for path in found)
+
+    def list_objects(self, prefix: str) -> list[StoredObject]:
+        found = self._fs.find(self._path(prefix), detail=True)
+        return sorted(
+            (
+                StoredObject(path[len(self._base) + 1 :], int(info["size"]), info["LastModified"].timestamp())
+                for path, info in found.items()
+            ),
+            key=lambda found: found.key,
+        )
+
+    def clock(self) -> float:
+        answer = self._fs.call_s3("list_objects_v2", Bucket=self._bucket, Prefix=f"{self._prefix}/", MaxKeys=1)
+        said = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
+        return parsedate_to_datetime(said).timestamp() if said else time.time()
 
     def put(self, key: str, data: bytes) -> None:
         self._fs.pipe_file(self._path(key), data)
@@ -179,6 +196,17 @@ class S3Store(Store):
     def delete(self, key: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             self._fs.rm_file(self._path(key))
+
+    def delete_many(self, keys: Sequence[str]) -> None:
+        for start in range(0, len(keys), DELETE_AT_ONCE):
+            names = [{"Key": f"{self._prefix}/{key}"} for key in keys[start : start + DELETE_AT_ONCE]]
+            # s3fs's own rm leaves out what the answer says of single keys.
+            answer = self._fs.call_s3("delete_objects", Bucket=self._bucket, Delete={"Objects": names, "Quiet": True})
+            for refused in answer.get("Errors", []):
+                if refused.get("Code") != "NoSuchKey":
+                    raise OSError(
+                        f"could not delete {self._bucket}/{refused['Key']}: {refused.get('Code')} {refused.get('Message', '')}"
+                    )
 
     def delete_tree(self, prefix: str) -> None:
         with contextlib.suppress(FileNotFoundError):

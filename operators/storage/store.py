@@ -7,7 +7,8 @@ refuses those headers is found out by a probe, and a claim protocol on strongly 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,15 @@ def open_store(root: str) -> Store:
     if "/" not in path:
         raise ConfigError(f"an index root on S3 needs a prefix inside the bucket, got {root!r}; use s3://bucket/name")
     return S3Store(root, fs, path)
+
+
+@dataclass(frozen=True)
+class StoredObject:
+    """An object as a listing shows it."""
+
+    key: str
+    size_bytes: int
+    modified_at: float  # seconds since 1970 by the store's own clock, which `Store.clock` reads
 
 
 class Store:
@@ -55,6 +65,18 @@ class Store:
         """Sorted keys of all objects below the folder `prefix`."""
         raise NotImplementedError
 
+    def list_objects(self, prefix: str) -> list[StoredObject]:
+        """All objects below the folder `prefix` with size and age, sorted by key. Costs more than `list_keys` on a disk."""
+        raise NotImplementedError
+
+    def list_half_written(self, prefix: str) -> list[StoredObject]:
+        """What writers that were killed left below the folder `prefix`, and what living ones are writing."""
+        return []
+
+    def clock(self) -> float:
+        """Now, by the clock that `modified_at` is told by."""
+        raise NotImplementedError
+
     def put(self, key: str, data: bytes) -> None:
         """Write or replace an object, durably and atomically."""
         raise NotImplementedError
@@ -77,6 +99,10 @@ class Store:
 
     def delete(self, key: str) -> None:
         """Delete an object; no error if there is none."""
+        raise NotImplementedError
+
+    def delete_many(self, keys: Sequence[str]) -> None:
+        """Delete the objects, durably, in few requests, and folders that are empty then; no error where there is none."""
         raise NotImplementedError
 
     def delete_tree(self, prefix: str) -> None:

@@ -129,8 +129,9 @@ def broken(word: int, change: Any) -> Encoder:
 def test_nan_is_an_error_that_names_the_document() -> None:
     chunks = chunked(["one cat", "two dogs", "a zebra", "my zebra"])
     zebra = chunks["input_ids"].to_pylist()[2][2]
-    with pytest.raises(SourceError, match=r"doc_id 'd2' chunk_no 0 \(file\)"):
-        broken(zebra, lambda states: states * float("nan"))(chunks)
+    for encode in (Encoder.__call__, functools.partial(Encoder.check_parity, num_compared=4)):
+        with pytest.raises(SourceError, match=r"doc_id 'd2' chunk_no 0 \(file\)"):
+            encode(broken(zebra, lambda states: states * float("nan")), chunks)
 
 
 def test_check_before_a_run_compares_with_plain_float32() -> None:

@@ -57,6 +57,30 @@ def test_listing_sees_what_was_put_and_no_temporary_names(store: Store) -> None:
     assert store.size_bytes("x/1") is None
 
 
+def test_a_listing_with_ages_and_a_deletion_of_many(store: Store) -> None:
+    before = store.clock()
+    for key in ("x/a/1", "x/a/2", "x/b/3"):
+        store.put(key, key.encode() * 10)
+    found = store.list_objects("x")
+    assert [(one.key, one.size_bytes) for one in found] == [("x/a/1", 50), ("x/a/2", 50), ("x/b/3", 50)]
+    # S3 tells time in whole seconds.
+    assert all(before - 1 <= one.modified_at <= store.clock() + 1 for one in found)
+    store.delete_many(["x/a/1", "x/a/2", "x/a/never"])
+    assert [one.key for one in store.list_objects("x")] == ["x/b/3"]
+    assert store.list_objects("nowhere") == store.list_half_written("nowhere") == []
+    folder = store.local_path("x/a")
+    assert folder is None or not folder.exists()  # an empty folder goes with its last object
+
+
+def test_a_deletion_that_s3_refuses_for_one_key_is_an_error(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_store(bucket + "/root")
+    assert isinstance(store, S3Store)
+    refused = {"Errors": [{"Key": "root/x", "Code": "AccessDenied", "Message": "Access Denied"}]}
+    monkeypatch.setattr(store._fs, "call_s3", lambda method, **options: refused)
+    with pytest.raises(OSError, match=r"could not delete .*root/x: AccessDenied"):
+        store.delete_many(["x"])
+
+
 def _increment(url: str, times: int) -> None:
     store = open_store(url)
     for _ in range(times):

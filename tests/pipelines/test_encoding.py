@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -116,5 +116,22 @@ def test_run_with_an_encoder_off_the_model_does_not_start(
         build_in_one_process(
             monkeypatch, [corpus], str(tmp_path / "r"), "encode.precision=bfloat16", "encode.min_parity=1"
         )
-    written = [json.loads(file.read_text()) for file in (tmp_path / "r").rglob("pieces/*.json")]
-    assert not written
+    assert not list((tmp_path / "r").rglob("pieces/*.json"))
+    # Mended as the message says, the run begins anew: the refused one left nothing to be reconciled with.
+    with pytest.raises(ConfigError, match=r"encode\.outputs"):
+        build_in_one_process(monkeypatch, [corpus], str(tmp_path / "r"), "encode.outputs=vector=3:int8")
+    build_in_one_process(
+        monkeypatch, [corpus], str(tmp_path / "r"), "encode.precision=bfloat16", "encode.min_parity=0.9"
+    )
+
+
+def test_an_index_of_int8_or_float16_is_searched_on_any_machine(
+    corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lenient = ("encode.precision=int8", "encode.min_mean_parity=0.99")
+    made = build_in_one_process(monkeypatch, [corpus], str(tmp_path / "r"), *lenient)
+    found_Qd = encode_queries(made.manifest, ["how many legs"], None)
+    stored = made.manifest.config["encode"]
+    half = {**made.manifest.config, "encode": {**stored, "precision": "float16"}}
+    other_Qd = encode_queries(dataclasses.replace(made.manifest, config=half), ["how many legs"], None)
+    assert 0.98 <= found_Qd[0] @ other_Qd[0] < 1
