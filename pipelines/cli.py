@@ -232,6 +232,84 @@ def verify_command(
         raise typer.Exit(IntegrityError.exit_code)
 
 
+@app.command("history")
+def history_command(root: Root, as_json: AsJson = False) -> None:
+    """List the versions that ROOT holds.
+
+    Which one is published, which are whole, what each takes by itself and what it shares with others. Checks manifests
+    and part records by checksum and all objects by size; `verify --version` reads everything.
+
+    \b
+    Example:
+      vectormill history index
+    """
+    from pipelines.cli_output import clean_stdout, print_json, show_history
+
+    with clean_stdout():
+        from pipelines.versions import history
+
+        facts = history(root)
+    (print_json if as_json else show_history)(facts)
+
+
+@app.command("rollback")
+def rollback_command(
+    root: Root,
+    version: Annotated[
+        str | None, typer.Argument(metavar="VERSION", help="Default: the parent of the published one.")
+    ] = None,
+    full: Annotated[bool, typer.Option("--verify", help="Read and check every byte of the version first.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Publish an earlier version again, or a later one.
+
+    The version is checked first. A build that runs meanwhile ends without publishing. To go forward again, name the version.
+
+    \b
+    Example:
+      vectormill rollback index
+      vectormill rollback index v000007 --verify
+    """
+    from pipelines.cli_output import clean_stdout, print_json, show_rollback
+
+    with clean_stdout():
+        from pipelines.progress import RunProgress
+        from pipelines.rollback import rollback
+
+        facts = rollback(root, version, full=full, progress=RunProgress(quiet=not full))
+    (print_json if as_json else show_rollback)(facts)
+
+
+@app.command("gc")
+def gc_command(
+    root: Root,
+    keep: Annotated[int, typer.Option(metavar="N", help="Versions to keep: the N newest, and the published one.")] = 7,
+    min_age: Annotated[
+        str, typer.Option(metavar="AGE", help="Younger versions and objects stay: 90s, 30m, 12h, 1d.")
+    ] = "1d",
+    delete: Annotated[bool, typer.Option("--delete/--dry-run", help="Do it, or only say what would go.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Delete what no kept version and no living run needs.
+
+    Says what would go unless told to --delete. May run beside a build, and may be killed: the next gc goes on.
+
+    \b
+    Example:
+      vectormill gc index --keep 7 --min-age 1d
+      vectormill gc index --keep 7 --min-age 1d --delete
+    """
+    from pipelines.cli_output import clean_stdout, print_json, show_gc
+
+    with clean_stdout():
+        from pipelines.garbage import collect_garbage, parse_age
+        from pipelines.progress import RunProgress
+
+        progress = RunProgress(quiet=not delete)
+        facts = collect_garbage(root, keep, parse_age(min_age), delete=delete, progress=progress)
+    (print_json if as_json else show_gc)(facts)
+
+
 @app.command("demo")
 def demo_command(
     out: Annotated[str, typer.Option(metavar="FOLDER", help="Where the corpus and its index go.")] = "demo",
