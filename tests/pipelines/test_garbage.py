@@ -33,21 +33,9 @@ from pipelines.runs import Run, begin_or_resume, check_run_kept
 from pipelines.verify import verify
 from pipelines.versions import NamedObjects, history, hold, stored_objects, versions_in
 from tests.artifact_maker import Version, flip_bit
-from tests.pipelines.copied_versions import DAY_S, Build, build_version, grow_old, make_template
+from tests.pipelines.copied_versions import DAY_S, Build, build_version, grow_old
 
 NUM_SCHEDULES = int(os.environ.get("VECTORMILL_TEST_SCHEDULES", "12"))  # there are 8,008
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Version:
-    return make_template(tmp_path_factory.mktemp("template"))
-
-
-@pytest.fixture(params=["local", "s3"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    return open_store(
-        str(tmp_path / "root") if request.param == "local" else request.getfixturevalue("bucket") + "/root"
-    )
 
 
 @pytest.fixture

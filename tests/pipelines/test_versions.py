@@ -26,18 +26,6 @@ from tests.artifact_maker import Version, flip_bit
 from tests.pipelines.copied_versions import Build, build_version, make_template
 
 
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Version:
-    return make_template(tmp_path_factory.mktemp("template"))
-
-
-@pytest.fixture(params=["local", "s3"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    return open_store(
-        str(tmp_path / "root") if request.param == "local" else request.getfixturevalue("bucket") + "/root"
-    )
-
-
 @pytest.fixture
 def local(tmp_path: Path, template: Version) -> Store:
     """A local root with v000001 and v000002, which is published."""
