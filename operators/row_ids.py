@@ -119,10 +119,10 @@ def _equal_ids(store: Store, pieces: Sequence[CommitRecord], passes: int, remain
     """Places of the documents whose id came earlier, and where, among those with this remainder of the hash."""
     hash_NW, place_N = _hashes(store, pieces, "doc_hash", passes, remainder, {})
     # Two ids may share a 64-bit hash, so the ids themselves are compared.
-    candidates = place_N[np.unique(np.concatenate(_repeats(hash_NW)))]
+    candidates = place_N[np.unique(np.concatenate(repeats(hash_NW)))]
     doc_ids = _documents(store, pieces, candidates, ["doc_id"]).column("doc_id").combine_chunks()
     numbers = pc.dictionary_encode(doc_ids).indices.to_numpy()
-    again, first = _repeats(numbers[:, None])
+    again, first = repeats(numbers[:, None])
     return candidates[again], candidates[first]
 
 
@@ -131,7 +131,7 @@ def _equal_texts(
 ) -> tuple[Ints, Ints]:
     """Like `_equal_ids` for the hashes of texts, without the documents `left_out` of each piece."""
     hash_NW, place_N = _hashes(store, pieces, "text_hash", passes, remainder, left_out)
-    again, first = _repeats(hash_NW)
+    again, first = repeats(hash_NW)
     return place_N[again], place_N[first]
 
 
@@ -149,7 +149,7 @@ def _hashes(
     for number, record in enumerate(pieces):
         table = read_table(store, record.objects["encoded"], [column, "chunk_no"])
         chosen = table.column("chunk_no").to_numpy() == 0
-        words_NW = _words(table.column(column), width)[chosen]
+        words_NW = hash_words(table.column(column), width)[chosen]
         inside = words_NW[:, 0] % np.uint64(passes) == remainder
         inside[left_out.get(number, [])] = False
         hashes.append(words_NW[inside])
@@ -157,8 +157,8 @@ def _hashes(
     return np.concatenate(hashes), np.concatenate(places)
 
 
-def _words(column: pa.ChunkedArray, width: int) -> npt.NDArray[np.uint64]:
-    """Fixed-width values as uint64 [rows, width]."""
+def hash_words(column: pa.ChunkedArray, width: int) -> npt.NDArray[np.uint64]:
+    """Fixed-width values of `width` words as uint64 [rows, width]."""
     parts = [np.empty((0, width), np.uint64)]
     for chunk in column.chunks:
         if len(chunk):
@@ -167,7 +167,7 @@ def _words(column: pa.ChunkedArray, width: int) -> npt.NDArray[np.uint64]:
     return np.concatenate(parts)
 
 
-def _repeats(key_NW: npt.NDArray[np.integer]) -> tuple[Ints, Ints]:
+def repeats(key_NW: npt.NDArray[np.integer]) -> tuple[Ints, Ints]:
     """Indices of the rows that occurred before, and for each the index of its first occurrence."""
     order = np.lexsort(key_NW.T)  # stable: equal rows stay in order
     ordered = key_NW[order]

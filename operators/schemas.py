@@ -115,3 +115,48 @@ QUERIES = pa.schema(
         pa.field("vector", pa.list_(pa.float32()), nullable=False),
     ]
 )
+
+
+# The ledger: what every source object of a version holds (operators/documents.py). One row an object, in corpus order;
+# its documents are the positions [first, first + num_docs) of the documents tables.
+SOURCES = pa.schema(
+    [
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("etag", pa.string(), nullable=False),
+        pa.field("size_bytes", pa.int64(), nullable=False),
+        pa.field("format", pa.string(), nullable=False),
+        pa.field("compression", pa.string()),
+        pa.field("num_rows_read", pa.int64(), nullable=False),
+        pa.field("first", pa.int64(), nullable=False),
+        pa.field("num_docs", pa.int64(), nullable=False),
+    ]
+)
+
+# The best live rows of each query of the sample, best first, by exact search.
+EXACT = pa.schema(
+    [
+        pa.field("row_ids", pa.list_(pa.int64()), nullable=False),
+        pa.field("scores", pa.list_(pa.float32()), nullable=False),
+    ]
+)
+
+_LEDGER_STATE = [
+    pa.field("row_id", pa.int64(), nullable=False),  # of the document's first chunk; -1: it has no rows
+    pa.field("num_chunks", pa.int32(), nullable=False),  # the rows row_id ... row_id + num_chunks - 1; 0: none
+    pa.field("state", pa.int8(), nullable=False),  # documents.TAKES_PART, DELETED or NO_TOKENS
+]
+
+# Documents that were read well, in source order, also those that are left out as duplicates.
+DOCUMENTS = pa.schema(
+    [
+        pa.field("doc_id", pa.string(), nullable=False),
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("doc_hash", pa.binary(16), nullable=False),  # BLAKE2b-128 of the id in UTF-8
+        pa.field("text_hash", pa.binary(16), nullable=False),
+        *_LEDGER_STATE,
+    ]
+)
+
+# What holds in place of the tables' own columns: tables are shared with earlier versions and never change.
+AMENDED = pa.schema([pa.field("position", pa.int64(), nullable=False), *_LEDGER_STATE])

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 TEXT_LINES = 2
 SHOWN_PROBLEMS = 3
-HISTORY_WIDTH = 120
+HISTORY_WIDTH = 150
+SHOWN_DELTAS = 5
+CHANGED = ("added", "edited", "deleted", "revived")
 INTERRUPTED_EXIT_CODE = 130
 
 
@@ -74,7 +76,7 @@ def show_build(facts: dict[str, Any], next_commands: Sequence[str] = ()) -> None
         console.print(
             Text(f"{facts['root']} is up to date: {facts['version']} was built from exactly this", style="bold green")
         )
-    table = _pairs()
+    table = pairs()
     table.add_row("documents", f"{facts['num_docs']:,} of {rows_text(facts['rows'])}")
     table.add_row("vectors", f"{facts['ntotal']:,}")
     if facts["published"]:
@@ -84,7 +86,7 @@ def show_build(facts: dict[str, Any], next_commands: Sequence[str] = ()) -> None
     table.add_row("index", f"nlist {facts['nlist']}, M {facts['M']}, nbits {facts['nbits']}")
     table.add_row("recall@10", f"{facts['recall@10']:.4f} against exact search, at nprobe {facts['nprobe']}")
     table.add_row("content_digest", facts["content_digest"])
-    table.add_row("seconds", _seconds_text(facts["seconds"]))
+    table.add_row("seconds", seconds_text(facts["seconds"]))
     console.print(table)
     show_next(next_commands or [f'{program()} search {shlex.quote(facts["root"])} "your question"'])
 
@@ -122,7 +124,7 @@ def encoder_text(model: dict[str, Any]) -> str:
     return said
 
 
-def _seconds_text(seconds: dict[str, float]) -> str:
+def seconds_text(seconds: dict[str, float]) -> str:
     stages = sorted(seconds.items(), key=lambda stage: -stage[1])
     named = ", ".join(f"{name} {took:.1f}" for name, took in stages if took >= 0.05)
     return f"{math.fsum(seconds.values()):.1f}" + (f" ({named})" if named else "")
@@ -169,9 +171,12 @@ def show_evaluation(facts: dict[str, Any]) -> None:
 def show_info(facts: dict[str, Any]) -> None:
     """Facts of a version as a table."""
     console = Console(highlight=False)
-    table = _pairs()
-    table.add_row("version", facts["version"] + (f", after {facts['parent']}" if facts["parent"] else ""))
-    table.add_row("built", facts["created_at"])
+    table = pairs()
+    after = f", after {facts['parent']}" if facts["parent"] else ""
+    table.add_row("version", f"{facts['version']}{after}")
+    table.add_row("made", f"{facts['created_at']} ({facts['kind']})")
+    if facts["changes"]:
+        table.add_row("changes", changes_text(facts["changes"]))
     sources = facts["sources"]
     table.add_row(
         "from",
@@ -188,13 +193,26 @@ def show_info(facts: dict[str, Any]) -> None:
         "search",
         f"nprobe {facts['nprobe']}, refine_factor {facts['refine_factor']}: recall@10 {facts['recall@10']:.4f} against exact",
     )
-    for segment in facts["segments"]:
-        size = bytes_text(segment["size_bytes"])
-        table.add_row(
-            "segment", f"{segment['name']}: {segment['num_rows']:,} vectors in {segment['parts']} part(s), {size}"
-        )
+    if facts["num_deltas"] or facts["num_deleted"]:
+        deleted = f"{facts['num_deleted']:,} deleted rows ({facts['deleted_share']:.2%})"
+        table.add_row("segments", f"base and {facts['num_deltas']} delta(s), {deleted}")
+    for number, segment in enumerate(facts["segments"]):
+        if 0 < number < len(facts["segments"]) - SHOWN_DELTAS:
+            continue
+        held = f"{segment['num_rows']:,} vectors in {segment['parts']} part(s), {bytes_text(segment['size_bytes'])}"
+        deleted = f", {segment['num_deleted']:,} deleted" if segment["num_deleted"] else ""
+        table.add_row("delta" if number else "base", f"{segment['name']}: {held}{deleted}")
+    if facts["num_deltas"] > SHOWN_DELTAS:
+        table.add_row("", f"and {facts['num_deltas'] - SHOWN_DELTAS} earlier deltas (--json lists them)")
     table.add_row("content_digest", facts["content_digest"])
     console.print(table)
+
+
+def changes_text(changes: dict[str, Any]) -> str:
+    """`167 added, 166 edited, 167 deleted`: the documents that an update changed, in its counts."""
+    documents = changes.get("documents", {})
+    named = [f"{documents[what]:,} {what}" for what in CHANGED if documents.get(what)]
+    return ", ".join(named) or "no documents"
 
 
 def show_verification(facts: dict[str, Any], root: str) -> None:
@@ -215,19 +233,25 @@ def show_history(facts: dict[str, Any]) -> None:
     # Nothing is cut where the output is a pipe or the window narrow: the terminal wraps.
     console = Console(highlight=False, soft_wrap=True, width=max(HISTORY_WIDTH, Console().width))
     table = Table(box=None, pad_edge=False)
-    for name in ("", "version", "parent", "created", "vectors", "documents", "recall@10", "own", "shared", "state"):
-        numeric = name in ("vectors", "documents", "recall@10", "own", "shared")
+    numbers = ("vectors", "documents", "+/~/-", "deltas", "deleted", "recall@10", "own", "shared")
+    for name in ("", "version", "kind", "parent", "created", *numbers, "state"):
+        numeric = name in numbers
         table.add_column(name, justify="right" if numeric else "left", no_wrap=True)
     for version in reversed(facts["versions"]):
         mark = "*" if version["current"] else ""
         if version["state"] == "damaged":
-            cells = [""] * 7
+            cells = [""] * 11
         else:
+            changed = version["changes"].get("documents", {})
             cells = [
+                version["kind"],
                 version["parent"] or "",
                 version["created_at"],
                 f"{version['ntotal']:,}",
                 f"{version['num_docs']:,}",
+                "/".join(f"{changed[what]:,}" for what in ("added", "edited", "deleted")) if changed else "",
+                f"{version['num_deltas']:,}",
+                f"{version['deleted_share']:.1%}" if version["num_deleted"] else "",
                 f"{version['recall@10']:.4f}",
                 bytes_text(version["bytes"]["own"]),
                 bytes_text(version["bytes"]["shared"]),
@@ -236,7 +260,8 @@ def show_history(facts: dict[str, Any]) -> None:
         table.add_row(mark, version["version"], *cells, version["state"], style=style)
     if facts["versions"]:
         console.print(table)
-    console.print(f"* published: {facts['current'] or 'not known'}")
+    legend = "; +/~/-: documents added, edited and deleted since the parent; deleted: share of the rows held"
+    console.print(f"* published: {facts['current'] or 'not known'}{legend}")
     for problem in facts["problems"]:
         console.print(Text(f"  - {problem}", style="red"))
     for version in reversed(facts["versions"]):
@@ -262,7 +287,7 @@ def show_rollback(facts: dict[str, Any]) -> None:
 def show_gc(facts: dict[str, Any]) -> None:
     """What goes, what stays and why, and how many bytes."""
     console = Console(highlight=False, soft_wrap=True)
-    table = _pairs()
+    table = pairs()
     for name, kept in (("keep", facts["kept"]), ("keep run", facts["kept_runs"])):
         for what, why in kept.items():
             table.add_row(name, f"{what} ({why})")
@@ -360,7 +385,7 @@ def bytes_text(size_bytes: float) -> str:
     return f"{size_bytes:.1f} TB"
 
 
-def _pairs() -> Table:
+def pairs() -> Table:
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")

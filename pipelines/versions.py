@@ -8,12 +8,23 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from operators.artifact.manifest import Manifest, PartRef, manifest_key, read_current, read_manifest, read_part_record
+from operators.artifact.manifest import (
+    Manifest,
+    PartRef,
+    candidate_key,
+    manifest_key,
+    open_current,
+    read_candidate,
+    read_current,
+    read_manifest,
+    read_part_record,
+)
 from operators.errors import IndexNotFoundError, IntegrityError
 from operators.storage.store import Store, StoredObject, open_store
 
 NUM_THREADS = 16
 PUBLISHED_FOLDERS = ("segments", "quantizers")
+CANDIDATE = "candidate"  # where a version is named: the version of the newest run that was refused
 
 
 @dataclass
@@ -48,6 +59,37 @@ def versions_in(store: Store) -> list[str]:
     return sorted((key.split("/")[1] for key in keys), key=lambda version: (version_number(version), version))
 
 
+def open_version(store: Store, version: str | None = None) -> Manifest:
+    """Manifest of a version; of the published one for None, and for `candidate` of the newest that a run made and was refused.
+
+    Raises IndexNotFoundError where there is no such version, IntegrityError for a damaged manifest.
+    """
+    if version is None:
+        return open_current(store)
+    if version == CANDIDATE:
+        return _newest_candidate(store)
+    if store.size_bytes(manifest_key(version)) is None:
+        raise _no_version(store, version)
+    return read_manifest(store, version)
+
+
+def _newest_candidate(store: Store) -> Manifest:
+    kept = [found for found in store.list_objects("runs") if found.key == candidate_key(found.key.split("/")[1])]
+    if not kept:
+        raise IndexNotFoundError(
+            f"no candidate is kept at {store.url} (no object runs/*/candidate.json): a run keeps one when its version is refused"
+        )
+    newest = max(kept, key=lambda found: (found.modified_at, found.key))
+    return read_candidate(store, newest.key.split("/")[1])
+
+
+def _no_version(store: Store, version: str) -> IndexNotFoundError:
+    return IndexNotFoundError(
+        f"no version {version!r} at {store.url} (no object {manifest_key(version)});"
+        f" versions: {', '.join(versions_in(store)) or 'none'}"
+    )
+
+
 class NamedObjects:
     """What manifests name. Records of segments that several versions share are read once."""
 
@@ -60,9 +102,7 @@ class NamedObjects:
         manifest = held.manifest
         if manifest is None:
             return
-        small = [manifest.quantizer, manifest.queries, manifest.sources["listing"]]
-        small += [segment.rejects for segment in manifest.segments if segment.rejects]
-        held.objects |= {entry["key"]: entry["size_bytes"] for entry in small}
+        held.objects |= {entry["key"]: entry["size_bytes"] for entry in manifest.small_objects}
         refs = [ref for segment in manifest.segments for ref in segment.parts]
         unread = [ref for ref in refs if ref.record_sha256 not in self._parts]
         with ThreadPoolExecutor(NUM_THREADS) as pool:
@@ -135,10 +175,7 @@ def check_whole(store: Store, version: str) -> Held:
     """
     held = hold(store, version, NamedObjects(store))
     if held is None:
-        raise IndexNotFoundError(
-            f"no version {version!r} at {store.url} (no object {manifest_key(version)});"
-            f" versions: {', '.join(versions_in(store)) or 'none'}"
-        )
+        raise _no_version(store, version)
     problems = held.problems + missing_objects(store, held, stored_objects(store))
     if problems:
         shown = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
@@ -150,7 +187,7 @@ def history(root: str) -> dict[str, Any]:
     """{"root", "current", "problems", "versions"}: all versions that the root holds, the oldest first, as plain JSON.
 
     A version is {"version", "current", "state" (whole, incomplete, damaged), "problems", "parent", "created_at", "ntotal",
-    "num_docs", "recall@10", "bytes": {"own", "shared"}}. `shared` are the bytes of objects that other versions name too.
+    "num_docs", "recall@10", "kind", "changes", "num_deltas", "num_deleted", "deleted_share", "bytes": {"own", "shared"}}. `shared` are the bytes of objects that other versions name too.
     Light: checksums of manifests and part records, sizes of all objects; `verify` reads the objects. Of a version whose
     manifest cannot be read the fields from `parent` on are None. `problems` is what is wrong with CURRENT.
     Raises IndexNotFoundError where there is neither CURRENT nor a version.
@@ -205,5 +242,15 @@ def _facts(held: Held, users: Counter[str], is_current: bool) -> dict[str, Any]:
         "ntotal": manifest.ntotal if manifest else None,
         "num_docs": manifest.num_docs if manifest else None,
         "recall@10": manifest.quality["recall@10"] if manifest else None,
+        "kind": manifest.kind if manifest else None,
+        "changes": manifest.changes if manifest else None,
+        "num_deltas": len(manifest.segments) - 1 if manifest else None,
+        **(deletions(manifest) if manifest else dict.fromkeys(("num_deleted", "deleted_share"))),
         "bytes": sizes if manifest else None,
     }
+
+
+def deletions(manifest: Manifest) -> dict[str, Any]:
+    """{"num_deleted", "deleted_share"}: rows that the version's segments hold and searches skip, and their share of all rows."""
+    num_deleted = sum(segment.num_deleted for segment in manifest.segments)
+    return {"num_deleted": num_deleted, "deleted_share": num_deleted / max(1, manifest.next_row_id)}

@@ -246,6 +246,24 @@ class RunReader:
         total = self._lists.entry.size_bytes + self._vectors.entry.size_bytes + self._rows_file.entry.size_bytes
         return self.list_sizes_L * (total / max(1, self.facts["num_entries"]))
 
+    @property
+    def payload_start(self) -> int:
+        """Byte of the lists object at which the first list begins; the header lies before it."""
+        return self._payload
+
+    def list_bytes(self, list_no: int) -> tuple[int, int]:
+        """Bytes [start, stop) of the lists object that hold the list: all its codes, then all its row ids."""
+        lo, hi = self.starts_L[list_no - self.first_list : list_no - self.first_list + 2].tolist()
+        width = self._code_size + 8
+        return self._payload + lo * width, self._payload + hi * width
+
+    def row_id_bytes(self, positions: np.ndarray) -> np.ndarray:
+        """Byte of the lists object at which the row id of each entry int64 [n] begins: 8 bytes, not aligned."""
+        end = self.starts_L[np.searchsorted(self.starts_L, positions, side="right")]  # of the entry's list
+        return (
+            self._payload + end * self._code_size + positions * 8
+        )  # all ids before it, all codes up to its list's end
+
     def read_codes(self, first: int, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(list_no int32 [n], row_ids int64 [n], codes uint8 [n, B]) of lists [first, end)."""
         a, b = first - self.first_list, end - self.first_list
@@ -255,7 +273,8 @@ class RunReader:
         codes = np.empty((hi - lo, self._code_size), np.uint8)
         row_ids = np.empty(hi - lo, np.int64)
         position = 0
-        for size in self.list_sizes_L[a:b].tolist():
+        sizes = self.list_sizes_L[a:b]
+        for size in sizes[sizes > 0].tolist():
             begin = position * width
             middle = begin + size * self._code_size
             codes[position : position + size] = np.frombuffer(data[begin:middle], np.uint8).reshape(

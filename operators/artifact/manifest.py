@@ -18,7 +18,7 @@ from operators.storage.commits import CommitRecord, parse_record, seal, unseal
 from operators.storage.fencing import Epoch
 from operators.storage.store import Store
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CURRENT_KEY = "CURRENT"
 
 
@@ -37,13 +37,20 @@ class PartRef:
 
 @dataclass(frozen=True)
 class Segment:
-    """An immutable set of rows: the base, or (later) a nightly delta."""
+    """A set of rows, the base or a nightly delta, and which of them a version has deleted. Only the latter changes."""
 
     name: str
-    first_row_id: int
+    first_row_id: int  # where the segment before it ended
     num_rows: int
     parts: list[PartRef]
-    rejects: dict[str, Any] | None  # ObjectEntry JSON of a schemas.REJECTS Parquet, None when no row was left out
+    deleted: dict[str, Any] | None = (
+        None  # ObjectEntry JSON of a bitmap (operators/artifact/deletions.py), None: no row
+    )
+    num_deleted: int = 0
+
+    @property
+    def num_live(self) -> int:
+        return self.num_rows - self.num_deleted
 
 
 @dataclass(frozen=True)
@@ -63,15 +70,23 @@ class Manifest:
     nlist: int
     M: int
     nbits: int
-    ntotal: int
+    ntotal: int  # live entries: those that are not deleted
     num_docs: int
     rows: dict[str, Any]
     sources: dict[str, Any]
     quantizer: dict[str, Any]
     queries: dict[str, Any]
     segments: list[Segment]
+    rejects: dict[str, Any] | None  # ObjectEntry JSON of a schemas.REJECTS Parquet, None when no row was left out
+    documents: list[dict[str, Any]]  # {"num_rows", "object": ObjectEntry JSON}: the ledger (operators/documents.py)
+    amended: dict[str, Any] | None  # ObjectEntry JSON of a schemas.AMENDED Parquet
     quality: dict[str, Any]
     content_digest: str
+    exact: dict[str, Any] | None = (
+        None  # ObjectEntry JSON: exact neighbours of the queries (artifact/exact_neighbours.py)
+    )
+    kind: str = "build"  # or update, compact
+    changes: dict[str, Any] = field(default_factory=dict)  # what an update found, by count
     format_version: int = FORMAT_VERSION
     reports: dict[str, Any] = field(default_factory=dict)
     assignment: dict[str, Any] = field(default_factory=NEAREST.to_json)  # a manifest without it: nearest of all
@@ -85,26 +100,46 @@ class Manifest:
         return ObjectEntry.from_json(self.quantizer)
 
     @property
+    def next_row_id(self) -> int:
+        """The first row id that no segment has."""
+        return self.segments[-1].first_row_id + self.segments[-1].num_rows
+
+    @property
+    def small_objects(self) -> list[dict[str, Any]]:
+        """ObjectEntry JSON of everything that the manifest itself names; the part records name the rest."""
+        optional = [self.rejects, self.amended, self.exact, *(segment.deleted for segment in self.segments)]
+        return [
+            self.quantizer,
+            self.queries,
+            self.sources["listing"],
+            *(table["object"] for table in self.documents),
+            *(entry for entry in optional if entry),
+        ]
+
+    @property
     def bytes_per_vector(self) -> float:
         """Bytes of all published objects per vector."""
         total = self.quantizer["size_bytes"] + sum(part.size_bytes for s in self.segments for part in s.parts)
         return total / max(1, self.ntotal)
 
 
-def compute_content_digest(quantizer: ObjectEntry, queries: ObjectEntry, segments: Sequence[Segment]) -> str:
-    """SHA-256 over what the published objects hold, not over their keys, times or run ids."""
+def compute_content_digest(manifest: Manifest) -> str:
+    """SHA-256 over what the published objects hold, not over their keys, times or run ids; nor over the listing (etags)."""
     content = {
         "format_version": FORMAT_VERSION,
-        "quantizer": quantizer.sha256,
-        "queries": queries.sha256,
+        "quantizer": manifest.quantizer["sha256"],
+        "queries": manifest.queries["sha256"],
+        "rejects": manifest.rejects["sha256"] if manifest.rejects else None,
+        "documents": [table["object"]["sha256"] for table in manifest.documents],
+        "amended": manifest.amended["sha256"] if manifest.amended else None,
         "segments": [
             {
                 "first_row_id": s.first_row_id,
                 "num_rows": s.num_rows,
+                "deleted": s.deleted["sha256"] if s.deleted else None,
                 "parts": [[p.first_list, p.num_lists, p.num_entries, p.content] for p in s.parts],
-                "rejects": s.rejects["sha256"] if s.rejects else None,
             }
-            for s in segments
+            for s in manifest.segments
         ],
     }
     return digest_of(content)
@@ -151,10 +186,34 @@ def manifest_key(version: str) -> str:
 
 
 def write_manifest(store: Store, manifest: Manifest) -> str:
-    """Store the manifest of a candidate (not published yet); returns the digest that CURRENT will name."""
+    """Store the manifest of a version that is to be published; returns the digest that CURRENT will name.
+
+    Raises FencedError when another version has that name.
+    """
     data = seal(asdict(manifest))
-    store.put(manifest_key(manifest.version), data)
+    key = manifest_key(manifest.version)
+    if not store.put_if_absent(key, data) and store.read(key) != data:
+        raise FencedError(
+            f"{store.url}/{key} is there already and belongs to another run: two runs took epoch {manifest.epoch}; nothing was"
+            " published by this one, run again"
+        )
     return hashlib.sha256(data).hexdigest()
+
+
+def candidate_key(run_id: str) -> str:
+    """Where the manifest of a version that was refused is kept: not among the versions, so nothing can publish it."""
+    return f"runs/{run_id}/candidate.json"
+
+
+def write_candidate(store: Store, manifest: Manifest) -> str:
+    """Keep the manifest of a refused version for inspection; returns its key."""
+    store.put(candidate_key(manifest.run_id), seal(asdict(manifest)))
+    return candidate_key(manifest.run_id)
+
+
+def read_candidate(store: Store, run_id: str) -> Manifest:
+    """Manifest of the version that a run made and that was refused. Raises FileNotFoundError, IntegrityError."""
+    return parse_manifest(store.read(candidate_key(run_id)), f"{store.url}/{candidate_key(run_id)}")
 
 
 def read_manifest(store: Store, version: str, digest: str | None = None) -> Manifest:
@@ -168,10 +227,16 @@ def read_manifest(store: Store, version: str, digest: str | None = None) -> Mani
         ) from None
     if digest is not None and hashlib.sha256(data).hexdigest() != digest:
         raise IntegrityError(f"manifest {name} is not the one that CURRENT names (other SHA-256): damaged or replaced")
+    return parse_manifest(data, name)
+
+
+def parse_manifest(data: bytes, name: str) -> Manifest:
+    """Manifest from its stored bytes. Raises IntegrityError naming `name`."""
     body = unseal(data, f"manifest {name}")
     if body["format_version"] != FORMAT_VERSION:
         raise IntegrityError(
-            f"manifest {name} has format version {body['format_version']}, this vectormill reads {FORMAT_VERSION}; use the version that wrote it"
+            f"manifest {name} has format version {body['format_version']}, this vectormill reads {FORMAT_VERSION}; use the"
+            " version that wrote it, or build again"
         )
     segments = [Segment(**{**s, "parts": [PartRef(**p) for p in s["parts"]]}) for s in body.pop("segments")]
     return Manifest(**body, segments=segments)
@@ -206,10 +271,21 @@ def publish(store: Store, manifest: Manifest, digest: str, epoch: Epoch, tag: st
     }
     if not store.replace_if(CURRENT_KEY, seal(body), tag):
         found = read_current(store)
-        if found is None or found[0]["manifest"] != digest:
-            winner = f"version {found[0]['version']} (epoch {found[0]['epoch']})" if found else "nothing"
-            raise FencedError(
-                f"{store.url}/CURRENT changed while this run ({epoch.run_id}) worked: it now names {winner};"
-                " this run's version was not published; run again to start from the new one"
-            )
+        if found is None or found[0]["manifest"] != digest:  # else the put succeeded, its answer was lost
+            raise _overtaken(store, epoch, found)
     crash_point("publish.after")
+
+
+def check_current(store: Store, epoch: Epoch, tag: str | None) -> None:
+    """Raise FencedError when CURRENT is not what it was when the run began (`tag`)."""
+    found = read_current(store)
+    if (found[1] if found else None) != tag:
+        raise _overtaken(store, epoch, found)
+
+
+def _overtaken(store: Store, epoch: Epoch, found: tuple[dict[str, Any], str] | None) -> FencedError:
+    winner = f"version {found[0]['version']} (epoch {found[0]['epoch']})" if found else "nothing"
+    return FencedError(
+        f"{store.url}/CURRENT changed while this run ({epoch.run_id}) worked: it now names {winner};"
+        " this run's version was not published; run again to start from the new one"
+    )

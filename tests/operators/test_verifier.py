@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -18,36 +19,47 @@ from operators.artifact.list_run import RunReader, RunSlice, write_run
 from operators.artifact.manifest import (
     Manifest,
     PartRef,
+    compute_content_digest,
     manifest_key,
     part_ref,
     read_manifest,
     read_part_record,
-    write_manifest,
 )
-from operators.artifact.verifier import check_coverage, check_manifest, expected_checksum, verify_part
+from operators.artifact.verifier import check_manifest, check_version, expected_checksum, verify_part
 from operators.errors import IndexNotFoundError, IntegrityError
-from operators.storage.commits import CommitRecord, commit
+from operators.storage.commits import CommitRecord, commit, seal
 from operators.storage.store import Store, open_store
 from pipelines.verify import verify
-from tests.artifact_maker import Version, flip_bit, make_version, truncate
+from tests.artifact_maker import Version, add_delta, flip_bit, make_version, truncate
 
+# Version 3: a base s1 and two deltas, with deleted rows in the base and in the first delta.
 KINDS = {
-    "lists": "part-00001-*.lists",
-    "vectors": "part-00001-*.vectors.npy",
-    "rows": "part-00001-*.rows.parquet",
-    "part record": "part-00001.json",
-    "quantizer": "*.faissindex",
-    "queries": "queries.parquet",
-    "rejects": "rejects.parquet",
-    "sources": "sources.jsonl",
-    "manifest": "manifest.json",
+    "lists": "segments/s1/part-00001-*.lists",
+    "vectors": "segments/s1/part-00001-*.vectors.npy",
+    "rows": "segments/s1/part-00001-*.rows.parquet",
+    "part record": "segments/s1/part-00001.json",
+    "lists of a delta": "segments/s2/part-00000-*.lists",
+    "vectors of a delta": "segments/s3/part-00000-*.vectors.npy",
+    "rows of a delta": "segments/s2/part-00000-*.rows.parquet",
+    "part record of a delta": "segments/s3/part-00000.json",
+    "quantizer": "quantizers/*.faissindex",
+    "queries": "segments/s1/queries.parquet",
+    "rejects": "segments/s3/rejects.parquet",
+    "sources": "segments/s3/sources.parquet",
+    "documents of the base": "segments/s1/documents.parquet",
+    "documents of a delta": "segments/s2/documents.parquet",
+    "amended": "segments/s3/amended.parquet",
+    "bitmap of the base": "segments/s2/deleted-s1",
+    "bitmap of a delta": "segments/s3/deleted-s2",
+    "manifest": "versions/v000003/manifest.json",
     "CURRENT": "CURRENT",
 }
 
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Version:
-    return make_version(tmp_path_factory.mktemp("good"))
+    base = make_version(tmp_path_factory.mktemp("good"))
+    return add_delta(add_delta(base, 30, delete=[3, 250]), 8, delete=[610])
 
 
 @pytest.fixture
@@ -58,26 +70,30 @@ def copy(good: Version, tmp_path: Path) -> Version:
 
 
 def key_of(store: Store, pattern: str) -> str:
-    """The one published object whose name matches."""
+    """The one published object whose key matches."""
     root = Path(store.url)
-    (found,) = [path for path in root.rglob(pattern) if "runs" not in path.parts]
+    (found,) = root.glob(pattern)
     return str(found.relative_to(root))
 
 
 def problems_of(made: Version, manifest: Manifest | None = None) -> list[str]:
     """What a build finds before it publishes the candidate."""
     manifest = manifest or made.manifest
-    problems = check_manifest(made.store, manifest)
-    (segment,) = manifest.segments
-    reports = [verify_part(made.store, ref, made.quantizer, manifest.ntotal) for ref in segment.parts]
-    problems += [problem for report in reports for problem in report.problems]
-    return problems + check_coverage(manifest, segment, reports)
+    reports = {
+        segment.name: [verify_part(made.store, ref, made.quantizer, segment) for ref in segment.parts]
+        for segment in manifest.segments
+    }
+    return check_version(made.store, manifest, reports)
 
 
 def test_a_good_version_has_no_problems(good: Version) -> None:
     found = verify(good.store.url)
-    assert (found["ok"], found["problems"], found["version"]) == (True, [], "v000001")
+    assert (found["ok"], found["problems"], found["version"]) == (True, [], "v000003")
+    assert [segment.num_deleted for segment in good.manifest.segments] == [6, 3, 0]
     assert problems_of(good) == []
+    assert check_version(good.store, good.manifest, {}) == []  # all segments taken over from a parent
+    for version in ("v000001", "v000002"):
+        assert verify(good.store.url, version)["problems"] == []
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -86,7 +102,7 @@ def test_a_flipped_bit_in_any_object_is_found_and_named(copy: Version, kind: str
     size = copy.store.size_bytes(key)
     assert size is not None
     rng = np.random.default_rng(11)
-    for position in [0, size - 1, *rng.integers(0, size, 8).tolist()]:
+    for position in [0, size - 1, *rng.integers(0, size, 3).tolist()]:
         bit = int(rng.integers(0, 8))
         flip_bit(copy.store, key, position, bit)
         found = verify(copy.store.url)
@@ -153,22 +169,40 @@ def test_a_part_of_another_version_is_found_and_named(copy: Version, tmp_path: P
     assert "not the one that the manifest names" in problem
 
 
+def replaced_manifest(store: Store, manifest: Manifest) -> str:
+    """Put the manifest in the place of the one of its version; its SHA-256."""
+    data = seal(dataclasses.asdict(manifest))
+    store.put(manifest_key(manifest.version), data)
+    return hashlib.sha256(data).hexdigest()
+
+
 def test_a_manifest_of_another_version_under_this_name_is_found(copy: Version) -> None:
     changed = dataclasses.replace(copy.manifest, num_docs=copy.manifest.num_docs + 1)
-    write_manifest(copy.store, changed)
+    replaced_manifest(copy.store, changed)
     (problem,) = verify(copy.store.url)["problems"]
     assert "is not the one that CURRENT names" in problem
-    assert manifest_key("v000001") in problem
+    assert manifest_key("v000003") in problem
 
 
 def test_a_newer_format_is_refused(copy: Version) -> None:
-    digest = write_manifest(copy.store, dataclasses.replace(copy.manifest, format_version=2))
-    with pytest.raises(IntegrityError, match="has format version 2, this vectormill reads 1"):
-        read_manifest(copy.store, "v000001", digest)
+    digest = replaced_manifest(copy.store, dataclasses.replace(copy.manifest, format_version=3))
+    with pytest.raises(IntegrityError, match="has format version 3, this vectormill reads 2"):
+        read_manifest(copy.store, "v000003", digest)
 
 
 def with_parts(manifest: Manifest, parts: list[PartRef]) -> Manifest:
-    return dataclasses.replace(manifest, segments=[dataclasses.replace(manifest.segments[0], parts=parts)])
+    return with_segment(manifest, 0, parts=parts)
+
+
+def with_segment(manifest: Manifest, number: int, **changes: Any) -> Manifest:
+    segments = list(manifest.segments)
+    segments[number] = dataclasses.replace(segments[number], **changes)
+    return dataclasses.replace(manifest, segments=segments)
+
+
+def redigested(manifest: Manifest) -> Manifest:
+    """With the content digest that it should have: what is wrong lies elsewhere."""
+    return dataclasses.replace(manifest, content_digest=compute_content_digest(manifest))
 
 
 def test_candidates_with_parts_missing_doubled_swapped_or_stretched_have_problems(good: Version) -> None:
@@ -194,21 +228,22 @@ def test_candidates_with_parts_missing_doubled_swapped_or_stretched_have_problem
 def test_a_part_of_another_codebook_is_named(good: Version, tmp_path: Path) -> None:
     other = make_version(tmp_path, seed=9)
     (segment,) = other.manifest.segments
-    problems = verify_part(other.store, segment.parts[0], good.quantizer, other.manifest.ntotal).problems
+    problems = verify_part(other.store, segment.parts[0], good.quantizer, segment).problems
     assert any(f"was made with quantizer {other.quantizer.digest}" in problem for problem in problems)
 
 
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"num_docs": 0, "rows": {"read": 5, "indexed": 4, "rejected": {}, "dropped": {}}}, "rows do not reconcile"),
+        ({"rows": {"read": 5, "indexed": 4, "rejected": {}, "dropped": {}}}, "rows do not reconcile"),
+        ({"num_docs": 7}, "documents are indexed, the manifest says num_docs 7"),
         ({"content_digest": "0" * 64}, "content_digest is"),
         ({"ntotal": 3}, "the manifest says ntotal 3"),
         ({"nlist": 15}, "quantizer has"),
         ({"metric": "l2"}, "quantizer has"),
         (
-            {"rows": {"read": 303, "indexed": 300, "rejected": {"empty_text": 3}, "dropped": {}}},
-            "3 rows were left out, the rejects object lists 2",
+            {"rows": {"read": 340, "indexed": 335, "rejected": {"empty_text": 2}, "dropped": {"deleted": 3}}},
+            "the rejects list {'rejected': {'empty_text': 1, 'not_utf8': 1}, 'dropped': {'deleted': 3}}",
         ),
     ],
 )
@@ -243,7 +278,7 @@ def remade(made: Version, spoil: Callable[[RunSlice], None]) -> Manifest:
     commit(made.store, key, CommitRecord("part 00001", "i", "x", finished.objects, facts))
     parts = list(made.manifest.segments[0].parts)
     parts[1] = part_ref(made.store, key)
-    return with_parts(made.manifest, parts)
+    return redigested(with_parts(made.manifest, parts))
 
 
 def with_column(rows: pa.Table, name: str, values: Any) -> pa.Table:
@@ -328,4 +363,4 @@ def test_the_checksum_of_all_rows_does_not_depend_on_its_steps() -> None:
 
 def test_current_names_what_is_published(good: Version) -> None:
     body = json.loads(good.store.read("CURRENT"))["body"]
-    assert (body["version"], body["epoch"], body["content_digest"]) == ("v000001", 1, good.manifest.content_digest)
+    assert (body["version"], body["epoch"], body["content_digest"]) == ("v000003", 3, good.manifest.content_digest)

@@ -49,9 +49,13 @@ class Build:
         """Everything but the manifest is written."""
         source, segment = self.template.manifest.segments[0], f"{self.run_id}-0123456789ab"
         parts = [self._copy_part(ref, f"segments/{segment}/part-{n:05d}") for n, ref in enumerate(source.parts)]
-        rejects = self._copy(source.rejects, f"segments/{segment}/rejects-{new_attempt()}") if source.rejects else None
-        segments = [dataclasses.replace(source, name=segment, parts=parts, rejects=rejects)]
+        segments = [dataclasses.replace(source, name=segment, parts=parts)]
         old = self.template.manifest
+        rejects = self._copy(old.rejects, f"segments/{segment}/rejects-{new_attempt()}") if old.rejects else None
+        documents = [
+            {**table, "object": self._copy(table["object"], f"segments/{segment}/documents-{new_attempt()}")}
+            for table in old.documents
+        ]
         listing = self._copy(old.sources["listing"], f"segments/{segment}/sources-{new_attempt()}")
         self.manifest = dataclasses.replace(
             old,
@@ -63,6 +67,8 @@ class Build:
             queries=self._copy(old.queries, f"segments/{segment}/queries-{new_attempt()}"),
             sources={**old.sources, "listing": listing},
             segments=segments,
+            rejects=rejects,
+            documents=documents,
         )
         return self
 

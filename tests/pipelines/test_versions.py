@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,29 @@ import numpy as np
 import pytest
 
 from operators.artifact.index import Index
-from operators.artifact.manifest import CURRENT_KEY, manifest_key, publish, read_current, read_manifest, write_manifest
+from operators.artifact.manifest import (
+    CURRENT_KEY,
+    candidate_key,
+    manifest_key,
+    publish,
+    read_current,
+    read_manifest,
+    write_candidate,
+    write_manifest,
+)
 from operators.errors import ConfigError, FencedError, IndexNotFoundError, IntegrityError
 from operators.storage.fencing import read_epoch, take_epoch
 from operators.storage.store import Store, open_store
 from pipelines import cli
 from pipelines import rollback as rollback_module
-from pipelines.cli_output import show_history
+from pipelines.cli_output import show_history, show_info
 from pipelines.garbage import collect_garbage
+from pipelines.info import info
 from pipelines.rollback import rollback
 from pipelines.verify import verify
-from pipelines.versions import history
-from tests.artifact_maker import Version, flip_bit
-from tests.pipelines.copied_versions import Build, build_version, make_template
+from pipelines.versions import NamedObjects, check_whole, history, hold, open_version, stored_objects
+from tests.artifact_maker import Version, add_delta, flip_bit, make_version
+from tests.pipelines.copied_versions import SMALL, Build, build_version, grow_old, make_template
 
 
 @pytest.fixture
@@ -225,11 +236,100 @@ def test_an_open_reader_keeps_its_version_after_rollback_and_is_told_of_gc(
         build_version(store, template, f"run-after-{name}")
     collect_garbage(store.url, 1, 0, delete=True)
     assert np.array_equal(index.search(queries, 5, nprobe=4).row_ids_Qk, expected)  # from its mapping and its cache
-    with pytest.raises(IntegrityError, match=r"(went missing|is missing).*`vectormill gc` removed the version"):
-        cold.exact_search(queries, 5)
+    if store.local_path("") is not None:  # its files stay open
+        assert np.array_equal(cold.search(queries, 5, nprobe=4).row_ids_Qk, expected)
+    else:
+        with pytest.raises(IntegrityError, match=r"(went missing|is missing).*`vectormill gc` removed the version"):
+            cold.exact_search(queries, 5)
     with pytest.raises(IntegrityError, match="`vectormill gc` removed the version"):
         Index(store, index.manifest)
     assert np.array_equal(Index.open(store).search(queries, 5, nprobe=4).row_ids_Qk, expected)
+
+
+@pytest.fixture
+def nightly(tmp_path: Path) -> Version:
+    """v000001, a base; v000002 and v000003 with a delta each and rows deleted in all but the last segment."""
+    base = make_version(tmp_path / "nightly", **SMALL)
+    return add_delta(add_delta(base, 6, delete=[3]), 3, delete=[20, 50])
+
+
+def test_history_and_info_tell_of_deltas_deletions_and_changes(
+    nightly: Version, capsys: pytest.CaptureFixture[str]
+) -> None:
+    counts = {"added": 3, "edited": 0, "deleted": 2, "revived": 0, "unchanged": 26, "texts_to_encode": 3}
+    epoch = take_epoch(nightly.store, "run-4")  # whose version differs from v000003 in what it says of itself
+    changes = {"objects": {}, "documents": counts}
+    fourth = dataclasses.replace(nightly.manifest, version="v000004", epoch=epoch.number, changes=changes)
+    digest = write_manifest(nightly.store, fourth)
+    publish(nightly.store, fourth, digest, epoch, (read_current(nightly.store) or ({}, None))[1])
+    facts = history(nightly.store.url)
+    assert [v["state"] for v in facts["versions"]] == ["whole"] * 4
+    assert [(v["kind"], v["num_deltas"], v["num_deleted"]) for v in facts["versions"][:3]] == [
+        ("build", 0, 0),
+        ("update", 1, 3),
+        ("update", 2, 3 + 2 + 2),
+    ]
+    num_rows = len(nightly.corpus.texts)
+    assert facts["versions"][3]["deleted_share"] == 7 / num_rows
+    assert facts["versions"][3]["changes"]["documents"] == counts
+    assert facts["versions"][3]["bytes"]["shared"] > facts["versions"][1]["bytes"]["own"] > 0
+    show_history(facts)
+    assert "3/0/2" in capsys.readouterr().out
+    described = info(nightly.store.url)
+    assert (described["ntotal"], described["num_deltas"], described["kind"]) == (num_rows - 7, 2, "update")
+    assert sum(segment["num_deleted"] for segment in described["segments"]) == described["num_deleted"] == 7
+    assert info(nightly.store.url, "v000001")["ntotal"] == described["segments"][0]["num_rows"]
+    described["model"]["precision"] = "float32"
+    show_info(described)
+    shown = capsys.readouterr().out
+    assert "3 added, 2 deleted" in shown
+    assert "base and 2 delta(s), 7 deleted rows" in shown
+
+
+def test_gc_keeps_every_object_of_a_version_with_deltas_and_nothing_else(nightly: Version) -> None:
+    store = nightly.store
+    held = NamedObjects(store)
+    version = hold(store, "v000003", held)
+    assert version is not None and version.problems == []
+    named = {entry["key"] for entry in nightly.manifest.small_objects}
+    assert len(named) == 10  # quantizer, queries, listing, rejects, amended, three tables, two bitmaps
+    assert named < set(version.objects)
+    grow_old(store.url)
+    collect_garbage(store.url, 1, 0, delete=True)
+    assert verify(store.url)["problems"] == []
+    assert set(stored_objects(store)) == set(version.objects)
+
+
+def test_a_light_check_misses_no_object_of_a_version_with_deltas(nightly: Version) -> None:
+    for entry in nightly.manifest.small_objects:
+        content = nightly.store.read(entry["key"])
+        nightly.store.delete(entry["key"])
+        with pytest.raises(IntegrityError, match="v000003 .* is not whole: object .* is missing"):
+            check_whole(nightly.store, "v000003")
+        nightly.store.put(entry["key"], content)
+    check_whole(nightly.store, "v000003")
+
+
+def test_the_newest_refused_version_is_opened_as_candidate(store: Store, template: Version) -> None:
+    build_version(store, template, "run-1")
+    with pytest.raises(IndexNotFoundError, match=r"no candidate is kept at .*: a run keeps one when its version is"):
+        open_version(store, "candidate")
+    for number in (2, 3):
+        refused = Build(store, template, f"run-{number}").begin().write().manifest
+        assert refused is not None
+        write_candidate(store, refused)
+        time.sleep(0.01 if store.local_path("") else 1.1)  # S3 knows seconds
+    assert open_version(store, "candidate") == refused
+    assert open_version(store).version == open_version(store, "v000001").version == "v000001"
+    found = verify(store.url, "candidate")
+    assert (found["ok"], found["version"], found["problems"]) == (True, "v000003", [])
+    assert info(store.url, "candidate")["version"] == "v000003"
+    assert [v["version"] for v in history(store.url)["versions"]] == ["v000001"]
+    with pytest.raises(IndexNotFoundError, match="no version 'candidate'"):
+        rollback(store.url, "candidate")
+    key = candidate_key(refused.run_id)
+    store.put(key, store.read(key).replace(b"v000003", b"v000004"))
+    assert any(key in problem for problem in verify(store.url, "candidate")["problems"])
 
 
 def test_the_commands_print_json_and_have_exit_codes(local: Store, capsys: pytest.CaptureFixture[str]) -> None:
