@@ -35,7 +35,7 @@ class EncoderTimes:
         return sum(end - begin for begin, end in self.pieces)
 
 
-class TimedEncodeStage(stream._EncodeStage):
+class TimedEncodeStage(stream.EncodeStage):
     """An encoder that notes its times."""
 
     def __init__(self, job: stream.StreamJob) -> None:
@@ -45,9 +45,9 @@ class TimedEncodeStage(stream._EncodeStage):
         self._notes = folder / str(os.getpid())
         self._note("ready")
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
+    def __call__(self, batch: pa.Table, job: stream.StreamJob) -> pa.Table:
         begin = time.monotonic()
-        encoded = super().__call__(batch)
+        encoded = super().__call__(batch, job)
         self._note("piece", begin)
         return encoded
 
@@ -59,7 +59,7 @@ class TimedEncodeStage(stream._EncodeStage):
 @contextmanager
 def clocked_encoders() -> Iterator[None]:
     """Builds of this process inside the block have encoders that note their times."""
-    with mock.patch.object(stream, "_EncodeStage", TimedEncodeStage):
+    with mock.patch.object(stream, "EncodeStage", TimedEncodeStage):
         yield
 
 

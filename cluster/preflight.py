@@ -29,6 +29,8 @@ def plan_stream(
 ) -> StreamPlan:
     """Sizes of the encoder pool for this session (workers 0: as many as fit). Raises ResourceError with the numbers.
 
+    Without Ray there is one encoder, which shares this process with all else, whatever `workers` says.
+
     Measured on Ray 2.60: when actor pools take every CPU slot, the read tasks never start and the job hangs for ever
     without a word. So one slot must stay free for them.
     """
@@ -39,6 +41,8 @@ def plan_stream(
     if workers < 0:
         raise ConfigError(f"encode.workers must be at least 0 (0: as many as fit), got {workers} (--workers)")
     gpus = 1.0 if use_gpu else 0.0
+    if session.in_process:
+        return StreamPlan(1, threads_per_worker, gpus, 1)
     cpus_each = 1 if use_gpu else threads_per_worker
     fitting = int((session.num_cpus - 1) // cpus_each)
     if use_gpu:

@@ -1,4 +1,4 @@
-"""The Ray session of a run: join a cluster or start Ray on this machine, and what it offers."""
+"""The session of a run: a Ray cluster that is joined, a Ray started on this machine, or this process alone."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from operators import crash_points
-from operators.errors import ResourceError
+from operators.errors import ConfigError, ResourceError
 from operators.settings import operational
 
+WHERE = ("auto", "ray", "process")
+VITAL_PROCESSES = ("gcs_server", "raylet")  # without which nothing goes on
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
@@ -23,27 +25,70 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 class ClusterConfig:
     """Where the job runs, and the bounds that it keeps."""
 
+    where: str = operational(
+        "auto", "ray, process (all work in this process, one after the other, without Ray) or auto: as the command does"
+    )
     address: str = operational("", "Ray address to join; empty: RAY_ADDRESS, else Ray is started on this machine")
     num_cpus: int = operational(0, "CPU slots of a Ray started here; 0: the cores plus one")
     object_store_bytes: int = operational(1 << 30, "object store of a Ray started here")
     pieces_in_flight: int = operational(0, "pieces between reading and commit; 0: 2 per encoder plus 4")
     stall_timeout_s: float = operational(
-        900.0, "a run that finishes no piece or task for so long is ended with an error"
+        900.0, "a run on Ray that finishes no piece or task for so long is ended with an error"
     )
+
+    def __post_init__(self) -> None:
+        if self.where not in WHERE:
+            raise ConfigError(f"cluster.where must be one of {', '.join(WHERE)}, got {self.where!r}")
 
 
 @dataclass(frozen=True)
 class Session:
-    """A connected Ray and its totals."""
+    """Where the work is done, and its totals."""
 
     num_cpus: float
     num_gpus: float
     node_cpus: float  # of the largest node: what one task can ask for
+    in_process: bool = False  # no Ray: see cluster/in_process.py
 
 
 @contextmanager
 def connect(config: ClusterConfig) -> Iterator[Session]:
-    """A Ray session for the duration of the block. A Ray that was started here ends with it."""
+    """A session for the duration of the block: of Ray, unless `cluster.where` is `process`.
+
+    A Ray that was started here ends with the block. Without Ray the numbers of threads of torch and faiss, which the
+    work sets for itself, are afterwards what they were. Raises ResourceError when there is no connection, ConfigError
+    when an address is given to a run that is to use no Ray.
+    """
+    if config.where == "process":
+        with _this_process(config) as session:
+            yield session
+    else:
+        with _ray(config) as session:
+            yield session
+
+
+@contextmanager
+def _this_process(config: ClusterConfig) -> Iterator[Session]:
+    import faiss
+    import torch
+
+    for name, address in (("cluster.address", config.address), ("RAY_ADDRESS", os.environ.get("RAY_ADDRESS", ""))):
+        if address:
+            raise ConfigError(
+                f"cluster.where=process works without Ray, so no address may be given, got {address!r} ({name});"
+                " leave it empty, or use cluster.where=ray"
+            )
+    cpus = float(os.cpu_count() or 1)
+    torch_threads, faiss_threads = torch.get_num_threads(), faiss.omp_get_max_threads()
+    try:
+        yield Session(cpus, 1.0 if torch.cuda.is_available() else 0.0, cpus, in_process=True)
+    finally:
+        torch.set_num_threads(torch_threads)
+        faiss.omp_set_num_threads(faiss_threads)
+
+
+@contextmanager
+def _ray(config: ClusterConfig) -> Iterator[Session]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray resets the logging of the driver; its INFO lines would tear the progress display apart.
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
@@ -72,7 +117,7 @@ def connect(config: ClusterConfig) -> Iterator[Session]:
     try:
         with _quiet_core():
             ray.init(**options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray 2.60 raises a bare Exception for a raylet that dies while it starts
         where = f"the Ray cluster at {address} (cluster.address or RAY_ADDRESS)" if address else "Ray on this machine"
         raise ResourceError(f"could not connect to {where}: {error}") from None
     try:
@@ -82,6 +127,22 @@ def connect(config: ClusterConfig) -> Iterator[Session]:
     finally:
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what the abandoned thread has to say then
         ray.shutdown()
+
+
+def check_alive() -> None:
+    """Raise ResourceError when a part of the Ray that was started here has died.
+
+    Ray 2.60 finds out after up to a minute, and then mostly ends the driver's process without a word.
+    """
+    import ray
+
+    node = ray._private.worker._global_node  # None on a cluster that was joined
+    died: set[str] = {str(name) for name, _ in node.dead_processes()} if node is not None else set()
+    if dead := sorted(died & set(VITAL_PROCESSES)):
+        raise ResourceError(
+            f"the {' and the '.join(dead)} of the Ray on this machine died (killed, or out of memory); what was committed is"
+            " kept, run again to resume"
+        )
 
 
 def _check_reachable(address: str, timeout_s: float = 10.0) -> None:

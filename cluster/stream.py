@@ -22,23 +22,28 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from cluster.preflight import StreamPlan
+from cluster.session import check_alive
 from operators.chunker import ChunkConfig, Chunker
 from operators.cleaner import CleanConfig, Cleaner
 from operators.encoder import Encoder
 from operators.encoding.encode_config import EncodeConfig, configured_model
 from operators.encoding.model_folder import ModelSpec
 from operators.errors import FingerprintError, ResourceError, SourceChangedError, VectormillError
-from operators.piece_store import EncodedPiece, commit_piece
+from operators.piece_store import EncodedPiece, commit_piece, read_table
 from operators.sources.pieces import Piece
 from operators.sources.read_config import ReadConfig
-from operators.sources.readers import PieceReader
+from operators.sources.readers import PieceReader, PieceRows
+from operators.storage.checked import ObjectEntry
 from operators.storage.store import open_store
 
 READ_ATTEMPTS = 3
 READ_BACKOFF_S = 1.0
+STORAGE_FAILED = "storage_failed"  # in the facts of a piece: arguments of the OSError that ends the job
+REFERENCE_TEXTS = 32
 # Ray fuses a task operator into an actor pool when their resource requests are equal, which would tokenize inside the
 # encoders. A memory request that the encoders do not have keeps them apart.
 READ_MEMORY_BYTES = 512 << 20  # measured: 260 MB with the tokenizer and torch imported, 8192 short rows
@@ -68,6 +73,8 @@ class StreamJob:
     encode: EncodeConfig
     clean: CleanConfig = field(default_factory=CleanConfig)
     plugins: tuple[tuple[str, str], ...] = ()  # items of plugin_fingerprints(clean) on the driver
+    # A query sample: encoders must give its vectors again, or what they make could not be compared with the index.
+    reference: ObjectEntry | None = None
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,8 @@ def stream_pieces(
 ) -> Iterator[PieceResult]:
     """Run all pieces; yields each as it is committed or has failed, in no particular order.
 
-    Raises ResourceError when no piece ends for `stall_timeout_s`. `check` is called about once a second.
+    Raises ResourceError when no piece ends for `stall_timeout_s`, OSError when the store takes no more. `check` is called
+    about once a second.
     """
     dataset = _dataset(job, pieces, plan, piece_bytes)
     results: queue.Queue[Any] = queue.Queue()
@@ -110,6 +118,7 @@ def stream_pieces(
         try:
             line = results.get(timeout=1.0)
         except queue.Empty:
+            check_alive()
             if check is not None:
                 check()
             if time.monotonic() - last_progress > stall_timeout_s:
@@ -124,7 +133,21 @@ def stream_pieces(
         if isinstance(line, BaseException):
             raise ResourceError(f"the streaming job failed: {_first_line(line)}; run again to resume") from line
         last_progress = time.monotonic()
-        yield PieceResult(Piece.from_json(json.loads(line["piece"])), json.loads(line["facts"]), line["error"])
+        yield _result(line)
+
+
+def run_piece(job: StreamJob, piece: Piece, encode: EncodeStage) -> PieceResult:
+    """One piece through all stages in this process. encode: an EncodeStage."""
+    (read,) = _read(job, piece)
+    (line,) = _commit(encode(_chunk(read, job), job), job).to_pylist()
+    return _result(line)
+
+
+def _result(line: dict[str, Any]) -> PieceResult:
+    facts = json.loads(line["facts"])
+    if STORAGE_FAILED in facts:
+        raise OSError(*facts[STORAGE_FAILED])
+    return PieceResult(Piece.from_json(json.loads(line["piece"])), facts, line["error"])
 
 
 def _dataset(job: StreamJob, pieces: Sequence[Piece], plan: StreamPlan, piece_bytes: int) -> Any:
@@ -146,11 +169,12 @@ def _dataset(job: StreamJob, pieces: Sequence[Piece], plan: StreamPlan, piece_by
         _chunk, batch_size=None, batch_format="pyarrow", zero_copy_batch=True, fn_kwargs={"job": job}, **tasks
     )
     dataset = dataset.map_batches(
-        _EncodeStage,
+        EncodeStage,
         batch_size=None,
         batch_format="pyarrow",
         zero_copy_batch=True,
         fn_constructor_kwargs={"job": job},
+        fn_kwargs={"job": job},
         compute=ActorPoolStrategy(size=min(plan.workers, len(pieces))),
         num_cpus=plan.cpus_per_worker,
         num_gpus=plan.gpus_per_worker,
@@ -177,14 +201,30 @@ def _piece_source(job: StreamJob, pieces: Sequence[Piece]) -> Any:
 
 
 def _read(job: StreamJob, piece: Piece) -> list[pa.Table]:
+    try:
+        found = read_piece(job, piece)
+    except ReadError as error:
+        return [_failure(piece, f"reading ({error.attempts} attempt(s))", error.cause)]
+    facts = {"num_rows_read": found.num_rows_read, "text_bytes": found.rows.column("text").nbytes}
+    return [_envelope(piece, found.rows, found.rejects, facts)]
+
+
+class ReadError(Exception):
+    """A piece could not be read; `cause` is what the last attempt raised."""
+
+    def __init__(self, cause: Exception, attempts: int) -> None:
+        super().__init__(str(cause))
+        self.cause, self.attempts = cause, attempts
+
+
+def read_piece(job: StreamJob, piece: Piece) -> PieceRows:
+    """Rows of the piece, in a few attempts. Raises ReadError."""
     for attempt in range(1, READ_ATTEMPTS + 1):
         try:
-            found = PieceReader(job.read, open_store(job.store_url)).read(piece)
-            facts = {"num_rows_read": found.num_rows_read, "text_bytes": found.rows.column("text").nbytes}
-            return [_envelope(piece, found.rows, found.rejects, facts)]
+            return PieceReader(job.read, open_store(job.store_url)).read(piece)
         except Exception as error:  # timeouts and resets beyond the storage client's own retries look like damage
             if attempt == READ_ATTEMPTS or isinstance(error, SourceChangedError):
-                return [_failure(piece, f"reading ({attempt} attempt(s))", error)]
+                raise ReadError(error, attempt) from error
             time.sleep(READ_BACKOFF_S * attempt)
     raise AssertionError("unreachable")
 
@@ -227,23 +267,40 @@ def model_of(job: StreamJob) -> ModelSpec:
     return spec
 
 
-class _EncodeStage:
+class EncodeStage:
     """An actor of the encoder pool: the model is loaded once."""
 
     def __init__(self, job: StreamJob) -> None:
         self._encoder = Encoder(job.encode, model_of(job))
         self._encoder.setup()
+        self._reference_facts: dict[tuple[str, ObjectEntry], dict[str, float]] = {}
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of a forward pass: those of the settings, or fewer where the device's memory did not suffice."""
+        return self._encoder.text_encoder.batch_tokens
+
+    def __call__(self, batch: pa.Table, job: StreamJob) -> pa.Table:
         def work(piece: Piece, chunks: pa.Table, rejects: pa.Table, facts: dict[str, Any]) -> pa.Table:
+            if job.reference is not None:
+                facts |= self._compared(job.store_url, job.reference)
             start = time.perf_counter()
             encoded = self._encoder(chunks)
-            queries = self._encoder.queries(chunks)
+            queries = self._encoder.queries(chunks) if job.reference is None else None
             facts["encode_s"] = time.perf_counter() - start
-            facts["batch_tokens"] = self._encoder.text_encoder.batch_tokens
+            facts["batch_tokens"] = self.batch_tokens
             return _envelope(piece, encoded, rejects, facts, queries)
 
         return _each_piece(batch, "encoding", work)
+
+    def _compared(self, store_url: str, reference: ObjectEntry) -> dict[str, float]:
+        """Cosines of the sample's vectors made now to the stored ones. Raises ParityError when they are too far apart."""
+        key = (store_url, reference)
+        if key not in self._reference_facts:
+            table = read_table(open_store(store_url), reference).slice(0, REFERENCE_TEXTS)
+            stored = np.array(table.column("vector").to_pylist(), np.float32)
+            self._reference_facts[key] = self._encoder.compare_queries(table.column("text").to_pylist(), stored)
+        return self._reference_facts[key]
 
 
 def _commit(batch: pa.Table, job: StreamJob) -> pa.Table:
@@ -296,7 +353,10 @@ def _failure(piece: Piece, stage: str, error: BaseException) -> pa.Table:
     else:
         place = traceback.extract_tb(error.__traceback__)[-1]
         text = f"{type(error).__name__}: {_first_line(error)} (at {os.path.basename(place.filename)}:{place.lineno})"
-    return _line(piece, [_packed(None)] * 3, {}, f"{stage}: {text}")
+    # Where one piece cannot be committed no other can: a full disk, a store that is down.
+    fatal = stage == "committing" and isinstance(error, OSError) and error.errno is not None
+    facts = {STORAGE_FAILED: [error.errno, error.strerror, str(error.filename or "")]} if fatal else {}  # type: ignore[attr-defined]
+    return _line(piece, [_packed(None)] * 3, facts, f"{stage}: {text}")
 
 
 def _line(piece: Piece, packed: list[pa.Array], facts: dict[str, Any], error: str | None) -> pa.Table:

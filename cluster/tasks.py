@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from cluster.session import check_alive
 from operators.errors import ResourceError, VectormillError
 
 WORKER_CRASH_RETRIES = 3
@@ -63,6 +64,7 @@ def run_tasks(
                 continue
             if on_done is not None:
                 on_done(number, results[number])
+        check_alive()
         if check is not None:
             check()
         if time.monotonic() - last_progress > stall_timeout_s:
@@ -70,15 +72,21 @@ def run_tasks(
                 f"no {function.__name__} finished for {stall_timeout_s:.0f} s ({len(running)} running, {len(waiting)} waiting);"
                 " the cluster may lack the resources they ask for, or storage hangs (cluster.stall_timeout_s)"
             )
-    if failures:
-        failures.sort(key=lambda failure: failure[0])
-        first = failures[0][1]
-        if isinstance(first, VectormillError):
-            more = (
-                f" (and {len(failures) - 1} more failed: {'; '.join(str(e) for _, e in failures[1:3])})"
-                if len(failures) > 1
-                else ""
-            )
-            raise type(first)(f"{first}{more}") from None
-        raise first
+    raise_first(failures)
     return results
+
+
+def raise_first(failures: list[tuple[int, Exception]]) -> None:
+    """Raise the failure of the lowest call, a VectormillError with what else failed; nothing when there is none."""
+    if not failures:
+        return
+    failures.sort(key=lambda failure: failure[0])
+    first = failures[0][1]
+    if isinstance(first, VectormillError):
+        more = (
+            f" (and {len(failures) - 1} more failed: {'; '.join(str(e) for _, e in failures[1:3])})"
+            if len(failures) > 1
+            else ""
+        )
+        raise type(first)(f"{first}{more}") from None
+    raise first

@@ -5,6 +5,8 @@ Shapes: N chunks, S sequences, D vector dimension.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -97,6 +99,21 @@ class Encoder:
                 " encode.precision=float32 (or bfloat16 in place of int8), or lower the bound if this is meant"
             )
         return parity
+
+
+    def compare_queries(self, texts: Sequence[str], stored_QD: npt.NDArray[np.float32]) -> dict[str, float]:
+        """Cosines of the texts' vectors, encoded as queries now, to those that were made with the index, as facts.
+
+        Raises ConfigError when a bound of the settings (encode.min_parity, encode.min_mean_parity) is not kept.
+        """
+        parity = compare(self.text_encoder.encode_queries(list(texts)), stored_QD)
+        if problem := parity.problem(self.config):
+            raise ConfigError(
+                f"the encoder does not give the vectors that the index was built with, nothing was encoded: {problem}; worst of"
+                f" {parity.num_vectors} is the query {texts[parity.worst]!r} (cosine {parity.minimum:.6f}). Another kind of"
+                " processor or device does not explain that much: compare the model's files and the libraries"
+            )
+        return {"reference_cosine_min": parity.minimum, "reference_cosine_mean": parity.mean}
 
 
 def pooled_spans(chunks: pa.Table) -> tuple[tuple[Ints, Ints], Spans]:

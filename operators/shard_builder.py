@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -44,8 +45,20 @@ def build_shard(
         np.concatenate([s.vectors for s in slices])[order],
         pa.concat_tables([s.rows for s in slices]).take(pa.array(order)),
     )
+    return commit_shard(store, key_prefix, shard, quantizer, inputs)
+
+
+def commit_shard(
+    store: Store,
+    key_prefix: str,
+    shard: RunSlice,
+    quantizer: Quantizer,
+    inputs: str,
+    further_facts: Mapping[str, Any] | None = None,
+) -> CommitRecord:
+    """Write and commit entries that are ordered by (list_no, row_id) as a run over all lists."""
     attempt = new_attempt()
-    sizes = np.bincount(list_no, minlength=quantizer.nlist)
+    sizes = np.bincount(shard.list_no, minlength=quantizer.nlist)
     with write_run(
         store,
         f"{key_prefix}-{attempt}",
@@ -56,7 +69,7 @@ def build_shard(
         rows_schema=shard.rows.schema,
     ) as (writer, finished):
         writer.append(shard, quantizer.nlist)
-    facts = {**finished.facts, "quantizer": quantizer.digest}
+    facts = {**finished.facts, "quantizer": quantizer.digest, **(further_facts or {})}
     name = key_prefix.rsplit("/", 1)[1]
     return commit(store, f"{key_prefix}.json", CommitRecord(f"shard {name}", inputs, attempt, finished.objects, facts))
 

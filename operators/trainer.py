@@ -56,7 +56,7 @@ def sample_pieces(
         chunk_no = keys.column("chunk_no").to_numpy()
         row_hash = splitmix64(keys.column("doc_hash").to_numpy() ^ splitmix64(chunk_no.astype(np.uint64)))
         kept = kept_mask(chunk_no, dropped)
-        chosen = np.flatnonzero(kept & _below(row_hash, share))
+        chosen = np.flatnonzero(kept & below(row_hash, share))
         d = record.facts["d"]
         vectors = (
             vectors_of(read_table(store, entry, ["vector"]))[chosen] if len(chosen) else np.empty((0, d), np.float16)
@@ -75,7 +75,8 @@ def join_samples(parts: Sequence[SampledRows]) -> SampledRows:
     return SampledRows(order[by_hash], vectors[by_hash])
 
 
-def _below(hashes: np.ndarray, share: float) -> np.ndarray:
+def below(hashes: np.ndarray, share: float) -> np.ndarray:
+    """bool [n]: whether the hash uint64 [n] is among the lowest `share` of all hashes."""
     if share >= 1:
         return np.ones(len(hashes), dtype=bool)
     return hashes < np.uint64(share * 2**64)

@@ -21,11 +21,20 @@ from typing import Any
 
 import torch
 
+from cluster.in_process import pieces_in_turn, tasks_in_turn
 from cluster.preflight import check_environment, plan_stream
 from cluster.session import Session, connect
 from cluster.stream import StreamJob, stream_pieces
 from cluster.tasks import run_tasks
-from operators.artifact.manifest import CURRENT_KEY, Manifest, open_current, publish, write_manifest
+from operators.artifact.manifest import (
+    CURRENT_KEY,
+    Manifest,
+    manifest_key,
+    open_current,
+    publish,
+    read_part_records,
+    write_manifest,
+)
 from operators.chunker import Chunker
 from operators.cleaner import plugin_fingerprints
 from operators.crash_points import crash_point
@@ -36,9 +45,10 @@ from operators.errors import ConfigError, IntegrityError, RejectLimitError, Sour
 from operators.fingerprint import index_fingerprint, piece_fingerprint
 from operators.piece_store import piece_key
 from operators.settings import digest_of
-from operators.sources.listing import Listing, list_sources
+from operators.sources.listing import Listing, SourceObject, list_sources
 from operators.sources.pieces import Piece, plan_pieces
 from operators.sources.staging import stage_object
+from operators.storage.checked import ObjectEntry
 from operators.storage.commits import CommitRecord, read_record
 from operators.storage.fencing import Epoch, take_epoch
 from operators.storage.filesystem import filesystem_for
@@ -47,7 +57,8 @@ from pipelines.config import RunConfig
 from pipelines.index_build import build_candidate
 from pipelines.parity_check import check_parity, sample_of
 from pipelines.progress import RunProgress
-from pipelines.runs import Run, begin_or_resume, check_run_kept, discard_unfinished, sweep_segment
+from pipelines.runs import Run, begin_or_resume, check_run_kept, discard_unfinished, told_as_lost, unfinished_runs
+from pipelines.versions import hold, version_number, versions_in
 
 EPOCH_CHECK_EVERY_S = 5.0
 MAX_LISTED_FAILURES = 10
@@ -77,10 +88,11 @@ class BuildContext:
     progress: RunProgress
     fingerprint: dict[str, Any]
     check: Callable[[], None]
+    reference: ObjectEntry | None = None  # the query sample whose vectors the encoders must give again (an update)
 
     @property
     def uses_gpu(self) -> bool:
-        """Whether encoders run on GPUs: wherever Ray has one, unless the settings say otherwise."""
+        """Whether encoders run on GPUs: wherever the session has one, unless the settings say otherwise."""
         encode = self.config.encode
         on_cpu = encode.device == "cpu" or (encode.device == "auto" and encode.precision == "int8")
         return not on_cpu and (encode.device == "cuda" or self.session.num_gpus > 0)
@@ -91,15 +103,12 @@ class BuildContext:
         return f"{self.run.prefix}/parity.json"
 
     def tasks(self, function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], **options: Any) -> list[Any]:
-        """Parallel tasks under this run's watch: epoch, stall timeout, progress."""
-        return run_tasks(
-            function,
-            calls,
-            stall_timeout_s=self.config.cluster.stall_timeout_s,
-            check=self.check,
-            on_done=lambda number, result: self.progress.advance(),
-            **options,
-        )
+        """Parallel tasks (without Ray: in turn) under this run's watch: epoch, stall timeout, progress."""
+        watch: dict[str, Any] = {"check": self.check, "on_done": lambda number, result: self.progress.advance()}
+        if self.session.in_process:
+            return tasks_in_turn(function, calls, **watch)
+        stall_timeout_s = self.config.cluster.stall_timeout_s
+        return run_tasks(function, calls, stall_timeout_s=stall_timeout_s, **watch, **options)
 
 
 def build(
@@ -124,12 +133,13 @@ def build(
         pieces_of = piece_fingerprint(settings, spec.fingerprint)
         fingerprint = index_fingerprint(pieces_of, config.semantic("index") | numbering)
         store = open_store(root)
-        _refuse_root_among_sources(sources, root)
+        refuse_root_among_sources(sources, root)
         shown.stage("list sources")
         listing = list_sources(sources)
         tag, current = _published(store, fresh)
+        if current is not None and not fresh:
+            finish_published(store, current)
         if current is not None and not fresh and is_up_to_date(current, listing, fingerprint):
-            store.delete_tree(f"runs/{current.run_id}")
             return BuildResult(current, False, 0, 0, shown.stages)
         finished = {current.run_id} if current else set()
         if fresh:
@@ -138,26 +148,31 @@ def build(
         run = begin_or_resume(store, pieces_of, list(sources), finished)
         epoch = take_epoch(store, run.run_id)
         check_run_kept(store, run)
-        shown.stage("start Ray")
-        with connect(config.cluster) as session, _forgotten_if_refused(store, run):
+        if config.cluster.where != "process":
+            shown.stage("start Ray")
+        with told_as_lost(store, epoch, tag), connect(config.cluster) as session, forgotten_if_refused(store, run):
             context = BuildContext(
-                store, config, spec, run, epoch, session, shown, fingerprint, _epoch_watch(store, epoch)
+                store, config, spec, run, epoch, session, shown, fingerprint, epoch_watch(store, epoch)
             )
             if context.uses_gpu and asked == "auto" and not torch.cuda.is_available():
                 raise ConfigError(NEEDS_PRECISION)
-            pieces, unreadable = _plan(context, listing)
-            records, encoded = _stream(context, pieces, unreadable)
-            _check_rejects(context, records)
+            pieces, unreadable = plan_corpus(context, listing.objects)
+            if not pieces:
+                raise no_rows(listing.objects, unreadable)
+            records, encoded = stream(context, pieces, unreadable)
+            check_rejects(context, records)
             manifest = build_candidate(context, listing, list(sources), records, current)
+            manifest.reports["encoded"] = encoded_report(shown, pieces, records, encoded)
             shown.stage("publish")
             crash_point("manifest.before")
+            epoch.check(store)
             digest = write_manifest(store, manifest)
             publish(store, manifest, digest, epoch, tag)
-            _tidy_up(store, run, manifest)
-        return BuildResult(manifest, True, encoded, len(pieces) - encoded, shown.stages)
+            tidy_up(store, run, manifest)
+        return BuildResult(manifest, True, len(encoded), len(pieces) - len(encoded), shown.stages)
 
 
-def _refuse_root_among_sources(sources: Sequence[str], root: str) -> None:
+def refuse_root_among_sources(sources: Sequence[str], root: str) -> None:
     """Raise ConfigError for a root below a SOURCE folder: the index's own objects would be read as documents."""
     place = (filesystem_for(root)[1] + "/").removeprefix("/")
     for source in sources:
@@ -193,7 +208,7 @@ def listing_digest(listing: Listing) -> str:
     return digest_of([[o.uri, o.source, o.etag, o.size_bytes] for o in listing.objects])
 
 
-def _epoch_watch(store: Store, epoch: Epoch) -> Callable[[], None]:
+def epoch_watch(store: Store, epoch: Epoch) -> Callable[[], None]:
     last = time.monotonic()
 
     def check() -> None:
@@ -205,13 +220,13 @@ def _epoch_watch(store: Store, epoch: Epoch) -> Callable[[], None]:
     return check
 
 
-def _plan(context: BuildContext, listing: Listing) -> tuple[list[Piece], list[str]]:
-    """Pieces of all readable objects in source order, and what is wrong with the others.
+def plan_corpus(context: BuildContext, objects: Sequence[SourceObject]) -> tuple[list[Piece], list[str]]:
+    """Pieces of all readable ones of the objects, in their order, and what is wrong with the others.
 
     Objects that cannot be sliced are cut by a streaming pass first. An unreadable object does not stop the rest: their
     vectors are committed, so that mending it costs only its own.
     """
-    plan = plan_pieces(listing.objects, context.config.read, keep_going=True)
+    plan = plan_pieces(objects, context.config.read, keep_going=True)
     unreadable = [str(failure) for failure in plan.failures]
     staged: dict[str, list[Piece]] = {}
     if plan.to_stage:
@@ -223,12 +238,28 @@ def _plan(context: BuildContext, listing: Listing) -> tuple[list[Piece], list[st
     pieces = plan.pieces(staged)
     for problem in unreadable:
         context.progress.say(f"unreadable, will not be published without it: {problem}")
-    if not pieces:
-        raise SourceError(
-            f"the corpus must hold at least one row, found {len(listing.objects)} object(s) and no rows in them"
-            f" {'(' + '; '.join(unreadable[:MAX_LISTED_FAILURES]) + ')' if unreadable else ''}; check the SOURCE arguments"
-        )
     return pieces, unreadable
+
+
+def encoded_report(
+    shown: RunProgress, pieces: Sequence[Piece], records: Sequence[CommitRecord], encoded: set[str]
+) -> dict[str, float]:
+    """What this attempt encoded and how long that took: by it `update --dry-run` says what an update would take."""
+    facts = [record.facts for piece, record in zip(pieces, records, strict=True) if piece.piece_id in encoded]
+    return {
+        "texts": sum(fact["num_docs"] for fact in facts),
+        "tokens": sum(fact["num_tokens"] for fact in facts),
+        "seconds": shown.stages.get("encode pieces", 0.0),
+    }
+
+
+def no_rows(objects: Sequence[SourceObject], unreadable: Sequence[str]) -> SourceError:
+    """What to say of a corpus without a row."""
+    why = f" ({'; '.join(unreadable[:MAX_LISTED_FAILURES])})" if unreadable else ""
+    return SourceError(
+        f"the corpus must hold at least one row, found {len(objects)} object(s) and no rows in them{why};"
+        " check the SOURCE arguments"
+    )
 
 
 def stage_at(obj: Any, config: Any, store_url: str, prefix: str) -> list[Piece] | str:
@@ -239,10 +270,10 @@ def stage_at(obj: Any, config: Any, store_url: str, prefix: str) -> list[Piece] 
         return str(error)
 
 
-def _stream(context: BuildContext, pieces: list[Piece], unreadable: list[str]) -> tuple[list[CommitRecord], int]:
-    """Commit records of all pieces in source order, and how many were encoded by this attempt."""
+def stream(context: BuildContext, pieces: list[Piece], unreadable: list[str]) -> tuple[list[CommitRecord], set[str]]:
+    """Commit records of all pieces in source order, and the ids of those that were encoded by this attempt."""
     config, store, run = context.config, context.store, context.run
-    job = _stream_job(context)
+    job = stream_job(context)
     committed = {key.rsplit("/", 1)[1][:-5] for key in store.list_keys(f"{run.prefix}/pieces") if key.endswith(".json")}
     missing = [piece for piece in pieces if piece.piece_id not in committed]
     failures = list(unreadable)
@@ -254,19 +285,23 @@ def _stream(context: BuildContext, pieces: list[Piece], unreadable: list[str]) -
             use_gpu=context.uses_gpu,
             pieces_in_flight=config.cluster.pieces_in_flight,
         )
-        _check_parity(context, job, missing)
+        if context.reference is None:  # else the encoders are held against it
+            _check_parity(context, job, missing)
     context.progress.stage("encode pieces", total=len(pieces), done=len(pieces) - len(missing))
     if missing:
         totals: Counter[str] = Counter()
         started = time.monotonic()
-        results = stream_pieces(
-            job,
-            missing,
-            plan,
-            piece_bytes=config.read.piece_bytes,
-            stall_timeout_s=config.cluster.stall_timeout_s,
-            check=context.check,
-        )
+        if context.session.in_process:
+            results = pieces_in_turn(job, missing)
+        else:
+            results = stream_pieces(
+                job,
+                missing,
+                plan,
+                piece_bytes=config.read.piece_bytes,
+                stall_timeout_s=config.cluster.stall_timeout_s,
+                check=context.check,
+            )
         for result in results:
             context.check()
             if result.error is not None:
@@ -293,11 +328,11 @@ def _stream(context: BuildContext, pieces: list[Piece], unreadable: list[str]) -
         raise SourceError(
             f"{len(lost)} piece(s) were not committed although the job ended ({', '.join(lost[:3])}); run again"
         )
-    return [record for record in records if record is not None], len(missing)
+    return [record for record in records if record is not None], {piece.piece_id for piece in missing}
 
 
 @contextmanager
-def _forgotten_if_refused(store: Store, run: Run) -> Iterator[None]:
+def forgotten_if_refused(store: Store, run: Run) -> Iterator[None]:
     """A run that is refused for its settings before it has done anything is no unfinished work: mended ones differ."""
     try:
         yield
@@ -307,13 +342,22 @@ def _forgotten_if_refused(store: Store, run: Run) -> Iterator[None]:
         raise
 
 
-def _stream_job(context: BuildContext) -> StreamJob:
+def stream_job(context: BuildContext) -> StreamJob:
     config, run = context.config, context.run
     inputs = digest_of(run.fingerprint)
     model = context.spec.fingerprint
     plugins = tuple(plugin_fingerprints(config.clean).items())
     return StreamJob(
-        context.store.url, run.prefix, inputs, model, config.read, config.chunk, config.encode, config.clean, plugins
+        context.store.url,
+        run.prefix,
+        inputs,
+        model,
+        config.read,
+        config.chunk,
+        config.encode,
+        config.clean,
+        plugins,
+        context.reference,
     )
 
 
@@ -332,18 +376,24 @@ def _check_parity(context: BuildContext, job: StreamJob, missing: list[Piece]) -
         context.progress.say(f"batches are padded, which is slower: {found['attention_reason']}")
 
 
-def _check_rejects(context: BuildContext, records: list[CommitRecord]) -> None:
+def check_rejects(context: BuildContext, records: list[CommitRecord]) -> None:
     """Raise RejectLimitError, with counts by reason, when too many rows were bad."""
-    read = sum(record.facts["num_rows_read"] for record in records)
-    reasons = sum_counts(records, "rejected")
+    where = f"{context.store.url}/{context.run.prefix}/pieces/*.rejects.parquet"
+    check_rejected_share(
+        context, sum_counts(records, "rejected"), sum(r.facts["num_rows_read"] for r in records), where
+    )
+
+
+def check_rejected_share(context: BuildContext, reasons: dict[str, int], read: int, where: str) -> None:
+    """Raise RejectLimitError when more than the allowed share of the rows was rejected; `where` they are listed."""
     rejected = sum(reasons.values())
     limit = context.config.read.max_reject_fraction
     if rejected > limit * read:
         by_reason = ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()))
         raise RejectLimitError(
             f"rejected rows must be at most {limit:.2%} of those read (read.max_reject_fraction), got {rejected} of {read}"
-            f" ({rejected / read:.2%}): {by_reason}. Nothing was published. The rows are listed in"
-            f" {context.store.url}/{context.run.prefix}/pieces/*.rejects.parquet; mend them, or raise the limit and run again"
+            f" ({rejected / read:.2%}): {by_reason}. Nothing was published. The rows are listed in {where}; mend them, or raise"
+            " the limit and run again"
         )
 
 
@@ -355,16 +405,42 @@ def sum_counts(records: Sequence[CommitRecord], outcome: str) -> dict[str, int]:
     return dict(sorted(total.items()))
 
 
-def _tidy_up(store: Store, run: Run, manifest: Manifest) -> None:
-    """Remove the run's work and what lost attempts left: all of it is in the published segment now."""
+def tidy_up(store: Store, run: Run, manifest: Manifest) -> None:
+    """Remove the run's work and what its lost attempts left: what counts of it is in the published version now.
+
+    Segments of earlier versions are not looked at: those versions may still name objects that this one does not.
+    """
+    referenced = {entry["key"] for entry in manifest.small_objects}
     for segment in manifest.segments:
-        referenced = {part.record_key for part in segment.parts}
-        for part in segment.parts:
-            record = read_record(store, part.record_key)
-            assert record is not None
-            referenced |= {entry.key for entry in record.objects.values()}
-        entries = [segment.rejects, manifest.queries, manifest.sources["listing"]]
-        referenced |= {entry["key"] for entry in entries if entry}
-        sweep_segment(store, f"segments/{segment.name}", referenced)
+        if segment.name.startswith(run.run_id):
+            for part, record in zip(segment.parts, read_part_records(store, segment.parts), strict=True):
+                referenced |= {part.record_key, *(entry.key for entry in record.objects.values())}
+    if run.resumed:
+        _discard_lost_manifests(store, run, manifest)
+    for key in store.list_keys("segments"):
+        if key.startswith(f"segments/{run.run_id}-") and key not in referenced:
+            store.delete(key)
     crash_point("tidy.before_runs")
     store.delete_tree(run.prefix)
+
+
+def _discard_lost_manifests(store: Store, run: Run, manifest: Manifest) -> None:
+    """Delete the manifests of the run's attempts that ended between manifest and publication: they name what goes now."""
+    for version in versions_in(store):
+        if version_number(version) < manifest.epoch and version != manifest.parent:
+            held = hold(store, version)
+            if held is not None and held.manifest is not None and held.manifest.run_id == run.run_id:
+                store.delete(manifest_key(version))
+
+
+def finish_published(store: Store, current: Manifest) -> Run | None:
+    """The run that published `current`, tidied up after, if it was ended before it had done that itself; else None.
+
+    Every command that makes a version does this first. Once another run has published, the work that is left would be
+    taken for that of an unfinished run, which would go on in the folders of a published version.
+    """
+    for run in unfinished_runs(store):
+        if run.run_id == current.run_id:
+            tidy_up(store, run, current)
+            return run
+    return None

@@ -15,6 +15,20 @@ from typing import Annotated
 import typer
 
 from operators.errors import ConfigError, IntegrityError, VectormillError
+from pipelines import cli_nightly
+from pipelines.cli_options import (
+    AsJson,
+    Assignments,
+    ConfigFile,
+    Model,
+    Nprobe,
+    Quiet,
+    RefineFactor,
+    Root,
+    Threads,
+    Version,
+    Workers,
+)
 
 STORAGE_EXIT_CODE = 11
 # Raised by the S3 client for what s3fs does not turn into an OSError: no credentials, no such endpoint, refused calls.
@@ -26,17 +40,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Turns a text corpus into a verified, searchable IVF-PQ index, on a laptop or a Ray cluster.",
 )
-
-Root = Annotated[str, typer.Argument(metavar="ROOT", help="The index: a folder or s3://bucket/name.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines; progress stays on standard error.")]
-Nprobe = Annotated[
-    int | None, typer.Option(metavar="N", help="Inverted lists to scan. Default: what the build measured.")
-]
-RefineFactor = Annotated[
-    int | None,
-    typer.Option(metavar="N", help="Candidates per hit scored again with stored vectors; 0: the codes alone."),
-]
-Model = Annotated[str | None, typer.Option(metavar="PATH", help="Where the index's model is now, if it was moved.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -58,10 +61,8 @@ def _program(
 def build_command(
     sources: Annotated[list[str], typer.Argument(metavar="SOURCE", help="Files, folders, globs or s3:// prefixes.")],
     out: Annotated[str, typer.Option(metavar="ROOT", help="The index: a folder or s3://bucket/name.")],
-    config: Annotated[str | None, typer.Option(metavar="FILE", help="Settings: a TOML file.")] = None,
-    assignments: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One setting; may repeat.")
-    ] = None,
+    config: ConfigFile = None,
+    assignments: Assignments = None,
     id_column: Annotated[
         str | None, typer.Option(metavar="C", help="Default: _id, id or doc_id, else numbered.")
     ] = None,
@@ -71,12 +72,10 @@ def build_command(
     model: Annotated[
         str | None, typer.Option(metavar="PATH", help="Folder or hub name. Default: all-MiniLM-L6-v2.")
     ] = None,
-    workers: Annotated[int | None, typer.Option(metavar="N", help="Encoders. Default: as many as fit.")] = None,
-    threads_per_worker: Annotated[
-        int | None, typer.Option(metavar="T", help="CPU threads of each. Default: 1.")
-    ] = None,
+    workers: Workers = None,
+    threads_per_worker: Threads = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Discard the work of unfinished runs and begin anew.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on standard error.")] = False,
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Build an index, or go on with one that was interrupted.
@@ -125,6 +124,7 @@ def search_command(
         str | None, typer.Option(metavar="FILE", help="Write the hits to .json, .jsonl or .parquet.")
     ] = None,
     model: Model = None,
+    version: Version = None,
     as_json: AsJson = False,
 ) -> None:
     """Find what answers each QUESTION best.
@@ -145,7 +145,7 @@ def search_command(
         check_queries(asked)
         if out is not None:
             check_results_path(out)
-        results = search(root, [query.text for query in asked], k, nprobe, refine_factor, model)
+        results = search(root, [query.text for query in asked], k, nprobe, refine_factor, model, version)
         num_hits = write_results(out, [query.query_id for query in asked], results) if out is not None else 0
     if as_json:
         print_json(results)
@@ -164,6 +164,7 @@ def eval_command(
     refine_factor: RefineFactor = None,
     limit: Annotated[int | None, typer.Option(metavar="N", help="Only the first N judged queries.")] = None,
     model: Model = None,
+    version: Version = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure the index on judged queries.
@@ -180,12 +181,12 @@ def eval_command(
         from pipelines.evaluate import evaluate
         from pipelines.progress import RunProgress
 
-        facts = evaluate(root, queries, qrels, nprobe, refine_factor, model, limit, RunProgress())
+        facts = evaluate(root, queries, qrels, nprobe, refine_factor, model, limit, RunProgress(), version)
     (print_json if as_json else show_evaluation)(facts)
 
 
 @app.command("info")
-def info_command(root: Root, as_json: AsJson = False) -> None:
+def info_command(root: Root, version: Version = None, as_json: AsJson = False) -> None:
     """Say what is published at ROOT.
 
     Sizes, settings, rows, segments, when and from what it was built.
@@ -197,14 +198,14 @@ def info_command(root: Root, as_json: AsJson = False) -> None:
     from pipelines.cli_output import print_json, show_info
     from pipelines.info import info
 
-    facts = info(root)
+    facts = info(root, version)
     (print_json if as_json else show_info)(facts)
 
 
 @app.command("verify")
 def verify_command(
     root: Root,
-    version: Annotated[str | None, typer.Option(metavar="VERSION", help="Default: the published one.")] = None,
+    version: Version = None,
     as_json: AsJson = False,
 ) -> None:
     """Read everything again and check it.
@@ -232,84 +233,6 @@ def verify_command(
         raise typer.Exit(IntegrityError.exit_code)
 
 
-@app.command("history")
-def history_command(root: Root, as_json: AsJson = False) -> None:
-    """List the versions that ROOT holds.
-
-    Which one is published, which are whole, what each takes by itself and what it shares with others. Checks manifests
-    and part records by checksum and all objects by size; `verify --version` reads everything.
-
-    \b
-    Example:
-      vectormill history index
-    """
-    from pipelines.cli_output import clean_stdout, print_json, show_history
-
-    with clean_stdout():
-        from pipelines.versions import history
-
-        facts = history(root)
-    (print_json if as_json else show_history)(facts)
-
-
-@app.command("rollback")
-def rollback_command(
-    root: Root,
-    version: Annotated[
-        str | None, typer.Argument(metavar="VERSION", help="Default: the parent of the published one.")
-    ] = None,
-    full: Annotated[bool, typer.Option("--verify", help="Read and check every byte of the version first.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Publish an earlier version again, or a later one.
-
-    The version is checked first. A build that runs meanwhile ends without publishing. To go forward again, name the version.
-
-    \b
-    Example:
-      vectormill rollback index
-      vectormill rollback index v000007 --verify
-    """
-    from pipelines.cli_output import clean_stdout, print_json, show_rollback
-
-    with clean_stdout():
-        from pipelines.progress import RunProgress
-        from pipelines.rollback import rollback
-
-        facts = rollback(root, version, full=full, progress=RunProgress(quiet=not full))
-    (print_json if as_json else show_rollback)(facts)
-
-
-@app.command("gc")
-def gc_command(
-    root: Root,
-    keep: Annotated[int, typer.Option(metavar="N", help="Versions to keep: the N newest, and the published one.")] = 7,
-    min_age: Annotated[
-        str, typer.Option(metavar="AGE", help="Younger versions and objects stay: 90s, 30m, 12h, 1d.")
-    ] = "1d",
-    delete: Annotated[bool, typer.Option("--delete/--dry-run", help="Do it, or only say what would go.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Delete what no kept version and no living run needs.
-
-    Says what would go unless told to --delete. May run beside a build, and may be killed: the next gc goes on.
-
-    \b
-    Example:
-      vectormill gc index --keep 7 --min-age 1d
-      vectormill gc index --keep 7 --min-age 1d --delete
-    """
-    from pipelines.cli_output import clean_stdout, print_json, show_gc
-
-    with clean_stdout():
-        from pipelines.garbage import collect_garbage, parse_age
-        from pipelines.progress import RunProgress
-
-        progress = RunProgress(quiet=not delete)
-        facts = collect_garbage(root, keep, parse_age(min_age), delete=delete, progress=progress)
-    (print_json if as_json else show_gc)(facts)
-
-
 @app.command("demo")
 def demo_command(
     out: Annotated[str, typer.Option(metavar="FOLDER", help="Where the corpus and its index go.")] = "demo",
@@ -335,6 +258,14 @@ def demo_command(
         print_json({"corpus": shown.corpus, "build": build_facts(shown.built, shown.root), "results": shown.results})
     else:
         show_demo(shown, out, documents)
+
+
+app.command("update")(cli_nightly.update_command)
+app.command("compact")(cli_nightly.compact_command)
+app.command("drift")(cli_nightly.drift_command)
+app.command("history")(cli_nightly.history_command)
+app.command("rollback")(cli_nightly.rollback_command)
+app.command("gc")(cli_nightly.gc_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

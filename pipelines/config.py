@@ -51,10 +51,14 @@ Change = tuple[str, Any, str]  # dotted key, value (text from --set is still to 
 
 
 def load_config(
-    file: str | None = None, assignments: Sequence[str] = (), options: dict[str, tuple[Any, str]] | None = None
+    file: str | None = None,
+    assignments: Sequence[str] = (),
+    options: dict[str, tuple[Any, str]] | None = None,
+    base: RunConfig | None = None,
 ) -> RunConfig:
     """Configuration from a TOML file, `key=value` assignments and options {dotted key: (value, option name)}.
 
+    What they do not name is as in `base`, or the default.
     Raises ConfigError naming the key, the value, where it came from and the nearest valid key.
     """
     changes: list[Change] = []
@@ -70,8 +74,23 @@ def load_config(
     for key, value, origin in changes:
         section, name, converted = _checked(key, value, origin)
         by_section.setdefault(section, {})[name] = converted
-    sections = {f.name: f for f in dataclasses.fields(RunConfig)}
-    return RunConfig(**{name: _section_type(name)(**values) for name, values in by_section.items() if name in sections})
+    start = base or RunConfig()
+    changed = {name: dataclasses.replace(getattr(start, name), **values) for name, values in by_section.items()}
+    return dataclasses.replace(start, **changed)
+
+
+def config_of_version(stored: dict[str, Any]) -> RunConfig:
+    """The semantic settings that a version was made with, and its model; the operational ones are this machine's.
+
+    stored: `Manifest.config`.
+    """
+    sections = {}
+    for section in dataclasses.fields(RunConfig):
+        kind = _section_type(section.name)
+        semantic_names = {*semantic_fields(kind()), *(["model"] if section.name == "encode" else [])}
+        values = {name: value for name, value in stored.get(section.name, {}).items() if name in semantic_names}
+        sections[section.name] = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    return RunConfig(**sections)
 
 
 def _section_type(name: str) -> Any:

@@ -15,12 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from operators.artifact.index import Index, Neighbours
-from operators.artifact.manifest import Manifest, open_current
+from operators.artifact.manifest import Manifest
 from operators.errors import ConfigError
 from operators.storage.store import open_store
 from pipelines.index_stages import intersection_recall
 from pipelines.progress import RunProgress
 from pipelines.search import check_search_settings, encode_queries, read_columns, search_in_batches
+from pipelines.versions import open_version
 
 NDCG_DEPTH = 10
 RECALL_DEPTH = 100
@@ -39,6 +40,7 @@ def evaluate(
     model: str | None = None,
     limit: int | None = None,
     progress: RunProgress | None = None,
+    version: str | None = None,
 ) -> dict[str, Any]:
     """nDCG@10 and recall@100 of documents, the same by exact search, and recall@10 of the index's chunks against exact.
 
@@ -50,8 +52,10 @@ def evaluate(
     started = time.monotonic()
     with progress or RunProgress(quiet=True) as shown:
         store = open_store(root)
-        manifest = open_current(store)
+        manifest = open_version(store, version)
         check_search_settings(manifest, INDEX_RECALL_K, nprobe, refine_factor)
+        if not manifest.ntotal:
+            raise ConfigError(f"a version must hold rows to be measured, every row of {manifest.version} is deleted")
         queries, qrels = read_judged(queries_path, qrels_path, limit)
         nprobe = manifest.quality["nprobe"] if nprobe is None else nprobe
         refine_factor = manifest.quality["refine_factor"] if refine_factor is None else refine_factor

@@ -36,7 +36,7 @@ from pipelines.announcements import (
     withdraw_finished,
 )
 from pipelines.progress import RunProgress
-from pipelines.runs import RUN_FILE
+from pipelines.runs import RUN_FILE, run_kind
 from pipelines.versions import PUBLISHED_FOLDERS, Held, NamedObjects, hold, is_manifest, version_number
 
 KEYS_AT_ONCE = 1000
@@ -246,11 +246,14 @@ def _choose_runs(plan: Plan, store: Store, living: str | None, current: Held, is
     for stored in store.list_objects("runs"):
         by_run.setdefault(stored.key.split("/")[1], []).append(stored)
     files = {run_id: stored for run_id, all_of in by_run.items() for stored in all_of if _is_run_file(stored.key)}
-    unfinished = sorted(run_id for run_id in files if run_id != current.manifest.run_id)
+    newest: dict[str, str] = {}  # by kind, the run that a command of that kind would go on with
+    for run_id in sorted(files):
+        if run_id != current.manifest.run_id:
+            newest[run_kind(store, run_id)] = run_id
     if living is not None:
         plan.kept_runs[living] = "living: the last epoch's"
-    if unfinished:
-        plan.kept_runs.setdefault(unfinished[-1], "unfinished: `build` goes on with it")
+    for kind, run_id in newest.items():
+        plan.kept_runs.setdefault(run_id, f"unfinished: `{kind}` goes on with it")
     for run_id, all_of in by_run.items():
         if run_id in plan.kept_runs:
             continue

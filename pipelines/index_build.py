@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections import Counter
 from collections.abc import Sequence
 from importlib.metadata import version as package_version
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from operators.artifact.manifest import Manifest, PartRef, Segment, compute_content_digest, part_ref
-from operators.artifact.verifier import check_coverage, check_manifest
+from operators.documents import SourceEntry, write_sources
 from operators.errors import IntegrityError, QualityError, SourceError
 from operators.index_config import IndexSizes, resolve_sizes
 from operators.merger import check_inputs, list_bytes, open_runs, split_lists
@@ -22,13 +23,14 @@ from operators.row_ids import RowIds
 from operators.settings import digest_of
 from operators.shard_builder import PieceOfShard
 from operators.sources.listing import Listing
-from operators.storage.checked import ObjectEntry, put_checked
 from operators.storage.commits import CommitRecord, new_attempt
 from pipelines import index_stages
 from pipelines.index_stages import Threads
 
 if TYPE_CHECKING:
     from pipelines.build import BuildContext
+
+TABLE_DOCUMENTS = 1_000_000  # of one table of the ledger: tables are written in parallel
 
 
 def build_candidate(
@@ -50,15 +52,15 @@ def build_candidate(
     corpus = digest_of([context.fingerprint, dataclasses.asdict(sizes), [p.content() for p in pieces], row_ids.bases])
     groups = group_pieces(pieces, row_ids, config.index.shard_rows)
     trained, samples = _train(context, groups, sizes, ntotal, corpus)
-    shards = _shards(context, groups, trained, corpus)
+    shards = build_shards(context, groups, trained, corpus)
     segment_name = f"{context.run.run_id}-{corpus[:12]}"
-    parts = _parts(context, shards, trained, pieces, segment_name, corpus)
+    parts = merge_parts(context, shards, trained, pieces, segment_name, corpus)
     entries = _small_objects(context, listing, pieces, row_ids, samples, segment_name)
-    segment = Segment(segment_name, 0, ntotal, parts, entries["rejects"])
+    segment = Segment(segment_name, 0, ntotal, parts)
     manifest = _manifest(context, sources, listing, pieces, row_ids, sizes, trained, entries, segment, current)
-    _verify(context, manifest)
-    quality = _measure(context, manifest)
-    return dataclasses.replace(manifest, quality=quality, reports={"seconds": dict(progress.stages)})
+    verify_candidate(context, manifest, manifest.segments)
+    quality, exact = _measure(context, manifest)
+    return dataclasses.replace(manifest, quality=quality, exact=exact, reports={"seconds": dict(progress.stages)})
 
 
 def group_pieces(pieces: Sequence[CommitRecord], row_ids: RowIds, shard_rows: int) -> list[list[PieceOfShard]]:
@@ -103,7 +105,7 @@ def _train(
     return trained, samples
 
 
-def _shards(
+def build_shards(
     context: BuildContext, groups: list[list[PieceOfShard]], trained: CommitRecord, corpus: str
 ) -> list[CommitRecord]:
     threads = Threads(context.config.encode.threads_per_worker)
@@ -119,7 +121,7 @@ def _shards(
     return shards
 
 
-def _parts(
+def merge_parts(
     context: BuildContext,
     shards: list[CommitRecord],
     trained: CommitRecord,
@@ -196,17 +198,47 @@ def _small_objects(
     samples: list[CommitRecord],
     segment_name: str,
 ) -> dict[str, Any]:
-    """Rejects, source listing and query sample of the version, as ObjectEntry JSON."""
+    """Rejects, ledger and query sample of the version, as JSON of the manifest."""
     store, attempt = context.store, new_attempt()
     prefix = f"segments/{segment_name}"
+    context.progress.stage("write ledger", total=len(pieces))
     rejects = index_stages.write_rejects(store, f"{prefix}/rejects-{attempt}.parquet", pieces, row_ids.duplicates)
-    lines = "".join(json.dumps(o.to_json(), sort_keys=True) + "\n" for o in listing.objects)
+    calls = []
+    for number, group in enumerate(ledger_groups(pieces)):
+        placed = [(pieces[i], row_ids.bases[i], row_ids.dropped.get(i, [])) for i in group]
+        calls.append((store.url, f"{prefix}/documents-{attempt}-{number:05d}.parquet", placed))
+    tables = context.tasks(index_stages.write_piece_documents, calls)
+    counts: Counter[str] = Counter()
+    for _, docs_of_source, _ in tables:
+        counts.update(docs_of_source)
+    left_out: Counter[str] = Counter()
+    for _, _, rejects_of_source in tables:
+        left_out.update(rejects_of_source)
+    entries, first = [], 0
+    for obj in listing.objects:
+        num_docs = counts[obj.source]
+        entries.append(SourceEntry(obj, num_docs + left_out[obj.source], first, num_docs))
+        first += num_docs
     queries = lowest_queries(store, samples, context.config.index.query_sample)
     return {
         "rejects": rejects.to_json() if rejects else None,
-        "listing": put_checked(store, f"{prefix}/sources-{attempt}.jsonl", lines.encode()).to_json(),
+        "documents": [table for table, _, _ in tables],
+        "listing": write_sources(store, f"{prefix}/sources-{attempt}.parquet", entries).to_json(),
         "queries": write_table(store, f"{prefix}/queries-{attempt}.parquet", queries).to_json(),
     }
+
+
+def ledger_groups(pieces: Sequence[CommitRecord]) -> list[list[int]]:
+    """Numbers of consecutive pieces of together at most TABLE_DOCUMENTS documents (or one larger piece)."""
+    groups: list[list[int]] = []
+    held = 0
+    for number, record in enumerate(pieces):
+        if not groups or held + record.facts["num_docs"] > TABLE_DOCUMENTS:
+            groups.append([])
+            held = 0
+        groups[-1].append(number)
+        held += record.facts["num_docs"]
+    return groups
 
 
 def _manifest(
@@ -233,7 +265,7 @@ def _manifest(
         "indexed": row_ids.num_docs,
         **{outcome: _left_out(pieces, row_ids, outcome) for outcome in ("rejected", "dropped")},
     }
-    return Manifest(
+    manifest = Manifest(
         version=f"v{context.epoch.number:06d}",
         parent=current.version if current else None,
         run_id=context.run.run_id,
@@ -272,40 +304,52 @@ def _manifest(
         quantizer=quantizer.to_json(),
         queries=entries["queries"],
         segments=[segment],
+        rejects=entries["rejects"],
+        documents=entries["documents"],
+        amended=None,
         quality={},
-        content_digest=compute_content_digest(quantizer, ObjectEntry.from_json(entries["queries"]), [segment]),
+        content_digest="",
         assignment=trained.facts["assignment"],
     )
+    return dataclasses.replace(manifest, content_digest=compute_content_digest(manifest))
 
 
-def _verify(context: BuildContext, manifest: Manifest) -> None:
-    """Read everything back before it can be published. Raises IntegrityError with all that is wrong."""
+def verify_candidate(context: BuildContext, manifest: Manifest, segments: Sequence[Segment]) -> None:
+    """Read everything that is new back before it can be published. Raises IntegrityError with all that is wrong.
+
+    segments: those whose parts are new; the others were verified when their version was published.
+    """
     threads = Threads(context.config.encode.threads_per_worker)
-    context.progress.stage("verify", total=sum(len(s.parts) for s in manifest.segments))
-    problems = check_manifest(context.store, manifest)
-    version = (manifest.quantizer_entry, manifest.list_assignment, manifest.ntotal)
-    for segment in manifest.segments:
-        calls = [(context.store.url, ref, *version, threads) for ref in segment.parts]
-        reports = context.tasks(index_stages.check_part, calls, num_cpus=threads.count)
-        problems += [problem for report in reports for problem in report.problems]
-        problems += check_coverage(manifest, segment, reports)
+    context.progress.stage("verify", total=sum(len(s.parts) for s in segments) + 1)
+    reports = {}
+    for segment in segments:
+        given = (manifest.quantizer_entry, manifest.list_assignment, dataclasses.replace(segment, parts=[]), threads)
+        calls = [(context.store.url, ref, *given) for ref in segment.parts]
+        reports[segment.name] = context.tasks(index_stages.check_part, calls, num_cpus=threads.count)
+    problems = context.tasks(index_stages.check_candidate, [(context.store.url, manifest, reports)])[0]
     if problems:
         raise IntegrityError(f"the candidate is not what it should be, nothing was published: {'; '.join(problems)}")
 
 
-def _measure(context: BuildContext, manifest: Manifest) -> dict[str, Any]:
+def _measure(context: BuildContext, manifest: Manifest) -> tuple[dict[str, Any], dict[str, Any]]:
     config = context.config
     threads = Threads(config.encode.threads_per_worker)
     context.progress.stage("measure recall", total=1)
-    call = (context.store.url, manifest, config.index, threads)
-    quality: dict[str, Any] = context.tasks(index_stages.measure_quality, [call], num_cpus=threads.count)[0]
+    call = (context.store.url, manifest, config.index, threads, exact_key(manifest))
+    quality, exact = context.tasks(index_stages.measure_quality, [call], num_cpus=threads.count)[0]
     if quality["recall@10"] < config.index.min_recall:
         raise QualityError(
             f"recall@10 on the query sample must be at least {config.index.min_recall} (index.min_recall), got"
             f" {quality['recall@10']:.4f} at nprobe {quality['nprobe']} of {manifest.nlist}; nothing was published."
             " Raise index.M or index.refine_factor, or lower the bound, and run again: vectors are kept"
         )
-    return quality
+    return quality, exact
+
+
+def exact_key(manifest: Manifest) -> str:
+    """A new key for the exact neighbours of the query sample, in the folder of the run that makes the version."""
+    folder = manifest.sources["listing"]["key"].rsplit("/", 1)[0]
+    return f"{folder}/exact-{new_attempt()}.parquet"
 
 
 def _left_out(pieces: Sequence[CommitRecord], row_ids: RowIds, outcome: str) -> dict[str, int]:

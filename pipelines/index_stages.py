@@ -5,7 +5,8 @@ Each opens the store by its URL, does one unit of work and commits it. All are d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from operators import schemas
+from operators.artifact.exact_neighbours import exact_neighbours, write_exact
 from operators.artifact.index import Index
 from operators.artifact.list_assignment import ListAssignment
-from operators.artifact.manifest import Manifest, PartRef
+from operators.artifact.manifest import Manifest, PartRef, Segment
 from operators.artifact.quantizer import Quantizer, read_quantizer
-from operators.artifact.verifier import PartReport, verify_part
+from operators.artifact.verifier import PartReport, check_version, verify_part
+from operators.documents import TAKES_PART, document_table, write_documents
 from operators.encoding.encode_config import EncodeConfig, configured_model
 from operators.encoding.text_encoder import TextEncoder
 from operators.errors import FingerprintError
@@ -73,6 +76,39 @@ def write_rejects(store: Store, key: str, pieces: Sequence[CommitRecord], duplic
         for lines in duplicate_lines(store, pieces, duplicates):
             writer.write_table(lines)
     return pending.entry
+
+
+def write_piece_documents(
+    store_url: str, key: str, pieces: Sequence[tuple[CommitRecord, int, list[int]]]
+) -> tuple[dict[str, Any], dict[str, int], dict[str, int]]:
+    """Write a table of the ledger from pieces (record, first row id, dropped documents).
+
+    Returns what the manifest says of it, and by source the numbers of its documents and of its rows that were left out.
+    """
+    store = open_store(store_url)
+    documents: Counter[str] = Counter()
+    left_out: Counter[str] = Counter()
+
+    def tables() -> Iterator[pa.Table]:
+        for record, first_row_id, dropped in pieces:
+            names = ["doc_id", "source", "row", "text_hash", "chunk_no"]
+            table = read_table(store, record.objects["encoded"], names)
+            chunk_no = table.column("chunk_no").to_numpy()
+            starts = np.flatnonzero(chunk_no == 0)
+            num_chunks = np.diff(np.append(starts, len(chunk_no)))
+            num_chunks[dropped] = 0
+            row_id = first_row_id + np.cumsum(num_chunks) - num_chunks
+            row_id[dropped] = -1
+            docs = table.take(pa.array(starts)).combine_chunks()
+            documents.update(Counter(docs.column("source").to_pylist()))
+            if "rejects" in record.objects:
+                lost = read_table(store, record.objects["rejects"], ["source"])
+                left_out.update(Counter(lost.column("source").to_pylist()))
+            states = np.full(len(starts), TAKES_PART, np.int8)
+            doc_id, row, text_hash = (docs.column(name) for name in ("doc_id", "row", "text_hash"))
+            yield document_table(doc_id, row, text_hash, row_id, num_chunks, states)
+
+    return write_documents(store, key, tables()), dict(documents), dict(left_out)
 
 
 def sample_group(
@@ -177,12 +213,22 @@ def merge(
 
 
 def check_part(
-    store_url: str, ref: PartRef, quantizer: ObjectEntry, assignment: ListAssignment, ntotal: int, threads: Threads
+    store_url: str,
+    ref: PartRef,
+    quantizer: ObjectEntry,
+    assignment: ListAssignment,
+    segment: Segment,
+    threads: Threads,
 ) -> PartReport:
-    """Verify one part of a candidate."""
+    """Verify one part of a candidate's segment."""
     threads.apply()
     store = open_store(store_url)
-    return verify_part(store, ref, _quantizer(store, quantizer, assignment), ntotal)
+    return verify_part(store, ref, _quantizer(store, quantizer, assignment), segment)
+
+
+def check_candidate(store_url: str, manifest: Manifest, reports: dict[str, list[PartReport]]) -> list[str]:
+    """All that is wrong with a candidate, given the reports of its new segments' parts by the segment's name."""
+    return check_version(open_store(store_url), manifest, reports)
 
 
 _quantizers: dict[tuple[str, ListAssignment], Quantizer] = {}
@@ -197,8 +243,12 @@ def _quantizer(store: Store, entry: ObjectEntry, assignment: ListAssignment) -> 
     return _quantizers[name]
 
 
-def measure_quality(store_url: str, manifest: Manifest, config: IndexConfig, threads: Threads) -> dict[str, Any]:
+def measure_quality(
+    store_url: str, manifest: Manifest, config: IndexConfig, threads: Threads, exact_key: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Recall on the stored query sample, and the smallest nprobe (and refine factor) that reaches the target.
+
+    Besides, as JSON, the entry of the object with the queries' exact neighbours, which is written at `exact_key`.
 
     nprobe doubles, then is bisected, until recall@10 against exact search over the stored vectors reaches `index.target_recall`. Where
     more lists no longer help, the codes are what limits it, and the refine factor doubles (up to 4 times).
@@ -209,12 +259,13 @@ def measure_quality(store_url: str, manifest: Manifest, config: IndexConfig, thr
     table = read_table(store, ObjectEntry.from_json(manifest.queries))
     queries = np.array(table.column("vector").to_pylist(), np.float32).reshape(table.num_rows, manifest.d)
     k = min(PROBE_RECALL_K, manifest.ntotal)
-    exact = index.exact_search(queries, k).entries_Qk
+    exact = exact_neighbours(index, queries)
     refine, curve = config.refine_factor, []
 
     def recall_at(nprobe: int, refine_factor: int) -> float:
-        found = index.search(queries, k, nprobe=nprobe, refine_factor=refine_factor).entries_Qk
-        curve.append({"nprobe": nprobe, "refine_factor": refine_factor, "recall@10": intersection_recall(found, exact)})
+        found = index.search(queries, k, nprobe=nprobe, refine_factor=refine_factor).row_ids_Qk
+        recall = intersection_recall(found, exact.first(k))
+        curve.append({"nprobe": nprobe, "refine_factor": refine_factor, "recall@10": recall})
         return float(curve[-1]["recall@10"])
 
     too_few, nprobe, best = 0, 1, 0.0
@@ -236,7 +287,7 @@ def measure_quality(store_url: str, manifest: Manifest, config: IndexConfig, thr
                 nprobe, recall = middle, recall_in_between
             else:
                 too_few = middle
-    return {
+    quality = {
         "nprobe": nprobe,
         "refine_factor": refine,
         "recall@10": recall,
@@ -244,9 +295,10 @@ def measure_quality(store_url: str, manifest: Manifest, config: IndexConfig, thr
         "queries": len(queries),
         "curve": curve,
     }
+    return quality, write_exact(store, exact_key, exact).to_json()
 
 
-def intersection_recall(found_Qk: np.ndarray, exact_Qk: np.ndarray) -> float:
+def intersection_recall(found_Qk: np.ndarray, exact_Qk: Sequence[np.ndarray] | np.ndarray) -> float:
     """Mean share of the exact top k that was found (`intersection` recall@k), order ignored."""
     hits = [len(np.intersect1d(f[f >= 0], e)) / len(e) for f, e in zip(found_Qk, exact_Qk, strict=True)]
     return float(np.mean(hits)) if hits else 1.0

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import secrets
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from operators.errors import FencedError, FingerprintError
+from operators.artifact.manifest import check_current
+from operators.errors import FencedError, FingerprintError, IntegrityError, VectormillError
 from operators.settings import differing_fields
 from operators.storage.commits import seal, unseal
+from operators.storage.fencing import Epoch
 from operators.storage.store import Store
 
 RUN_FILE = "run.json"  # by which a later build finds the run
@@ -23,6 +27,7 @@ class Run:
     run_id: str
     fingerprint: dict[str, Any]
     resumed: bool
+    kind: str = "build"  # or update, compact: a run is only resumed by its own kind
 
     @property
     def prefix(self) -> str:
@@ -35,27 +40,38 @@ def unfinished_runs(store: Store) -> list[Run]:
     for key in store.list_keys("runs"):
         if key.endswith(f"/{RUN_FILE}") and key.count("/") == 2:
             body = unseal(store.read(key), f"{store.url}/{key}")
-            runs.append(Run(body["run_id"], body["fingerprint"], resumed=True))
+            runs.append(Run(body["run_id"], body["fingerprint"], resumed=True, kind=body["kind"]))
     return runs
 
 
-def begin_or_resume(store: Store, fingerprint: dict[str, Any], sources: list[str], finished: set[str]) -> Run:
-    """The unfinished run at the root, or a new one. `finished`: ids of published runs, never resumed.
+def run_kind(store: Store, run_id: str) -> str:
+    """The command that the run is of; "build" for one whose file is damaged or just went."""
+    try:
+        key = f"runs/{run_id}/{RUN_FILE}"
+        return str(unseal(store.read(key), f"{store.url}/{key}")["kind"])
+    except (FileNotFoundError, IntegrityError):
+        return "build"
+
+
+def begin_or_resume(
+    store: Store, fingerprint: dict[str, Any], sources: list[str], finished: set[str], kind: str = "build"
+) -> Run:
+    """The unfinished run of this kind at the root, or a new one. `finished`: ids of published runs, never resumed.
 
     Raises FingerprintError naming the fields in which the unfinished run differs from what is asked for.
     """
-    candidates = [run for run in unfinished_runs(store) if run.run_id not in finished]
+    candidates = [run for run in unfinished_runs(store) if run.run_id not in finished and run.kind == kind]
     if candidates:
         run = candidates[-1]
         differing = differing_fields(run.fingerprint, json.loads(json.dumps(fingerprint)))
         if differing:
             raise FingerprintError(
-                f"an unfinished run at {store.url} ({run.run_id}) was made with other settings: {'; '.join(differing)}."
+                f"an unfinished {kind} at {store.url} ({run.run_id}) was made with other settings: {'; '.join(differing)}."
                 " Use its settings to resume it, or --fresh to discard its work and begin anew"
             )
         return run
-    run = Run(f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(3)}", fingerprint, resumed=False)
-    body = {"run_id": run.run_id, "fingerprint": fingerprint, "sources": sources}
+    run = Run(f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(3)}", fingerprint, False, kind)
+    body = {"run_id": run.run_id, "kind": kind, "fingerprint": fingerprint, "sources": sources}
     store.put(f"{run.prefix}/{RUN_FILE}", seal(body))
     return run
 
@@ -64,8 +80,48 @@ def check_run_kept(store: Store, run: Run) -> None:
     """Raise FencedError when gc has removed the run. Call it after taking the epoch: see pipelines/garbage.py."""
     if store.size_bytes(f"{run.prefix}/{RUN_FILE}") is None:
         raise FencedError(
-            f"run {run.run_id} at {store.url} was removed by gc before this build took it over; run the build again"
+            f"run {run.run_id} at {store.url} was removed by gc, or by a process that had nothing to publish, before this one took it over; run the command again"
         )
+
+
+@contextmanager
+def told_as_lost(store: Store, epoch: Epoch, tag: str | None) -> Iterator[None]:
+    """A run that fails because another one took the root over, and tidied up, says so: FencedError in place of what it missed.
+
+    `tag`: CURRENT's when the run began.
+    """
+    try:
+        yield
+    except FencedError:
+        raise
+    except (VectormillError, FileNotFoundError) as error:
+        lost = _why_lost(store, epoch, tag)
+        if lost is None:
+            raise
+        raise lost from error
+
+
+def _why_lost(store: Store, epoch: Epoch, tag: str | None) -> FencedError | None:
+    try:
+        epoch.check(store)
+        check_current(store, epoch, tag)
+    except FencedError as lost:
+        return lost
+    except Exception:  # the storage fails: the error that is on its way says that
+        return None
+    return None
+
+
+def discard_unpublished(store: Store, run: Run, epoch: Epoch) -> None:
+    """Delete the work of a run that ends without publishing. Raises FencedError when another process goes on with it.
+
+    First the file by which others find the run. Whoever took the epoch before that may work on it and publish it; whoever
+    takes it later finds in `check_run_kept` that the run is gone.
+    """
+    store.delete(f"{run.prefix}/{RUN_FILE}")
+    epoch.check(store)
+    store.delete_tree(run.prefix)
+    store.delete_many([key for key in store.list_keys("segments") if key.startswith(f"segments/{run.run_id}-")])
 
 
 def discard_run(store: Store, run_id: str) -> None:
@@ -74,14 +130,8 @@ def discard_run(store: Store, run_id: str) -> None:
     store.delete_tree(f"runs/{run_id}")
 
 
-def discard_unfinished(store: Store) -> None:
-    """Delete the work of all runs (--fresh, after taking the epoch)."""
+def discard_unfinished(store: Store, kind: str | None = None) -> None:
+    """Delete the work of all runs, or of all of one kind (--fresh, after taking the epoch)."""
     for run in unfinished_runs(store):
-        discard_run(store, run.run_id)
-
-
-def sweep_segment(store: Store, segment_prefix: str, referenced: set[str]) -> None:
-    """Delete what lost attempts left beside the published objects of a segment."""
-    for key in store.list_keys(segment_prefix):
-        if key not in referenced:
-            store.delete(key)
+        if kind is None or run.kind == kind:
+            discard_run(store, run.run_id)

@@ -19,13 +19,14 @@ import pyarrow.parquet as pq
 import torch
 
 from operators.artifact.index import Index, Neighbours
-from operators.artifact.manifest import Manifest, open_current
+from operators.artifact.manifest import Manifest
 from operators.cleaner import CleanConfig, clean_text
 from operators.encoding.encode_config import EncodeConfig
 from operators.errors import ConfigError
 from operators.storage.filesystem import filesystem_for, is_local
 from operators.storage.store import open_store
 from pipelines.index_stages import query_encoder
+from pipelines.versions import open_version
 
 # Vectors that a batch of queries scores again: at d = 384 about 100 MB of float32.
 CANDIDATES_AT_ONCE = 65_536
@@ -58,17 +59,18 @@ def search(
     nprobe: int | None = None,
     refine_factor: int | None = None,
     model: str | None = None,
+    version: str | None = None,
 ) -> list[dict[str, Any]]:
     """`[{"query", "hits": [{"rank", "doc_id", "chunk_no", "score", "text"}]}]` in the order of `queries`, best hit first.
 
-    nprobe and refine_factor: None takes what the version stores. model: another place of the same model. There are
-    fewer than k hits where the probed lists hold fewer entries. Deterministic.
+    nprobe and refine_factor: None takes what the version stores. model: another place of the same model. version: None
+    for the published one, "candidate" for the last one that was refused. There are fewer than k hits where the probed lists hold fewer entries. Deterministic.
     Raises IndexNotFoundError, ConfigError (a setting, an empty query, a model that cannot be loaded),
     FingerprintError (another model), IntegrityError (a damaged object).
     """
     check_queries([Query(str(number), text) for number, text in enumerate(queries, 1)])
     store = open_store(root)
-    manifest = open_current(store)
+    manifest = open_version(store, version)
     check_search_settings(manifest, k, nprobe, refine_factor)
     vectors_Qd = encode_queries(manifest, queries, model)
     index = Index(store, manifest)
@@ -125,7 +127,7 @@ def search_in_batches(
 ) -> Neighbours:
     """`Index.search` of any number of queries in bounded memory."""
     refine = index.manifest.quality["refine_factor"] if refine_factor is None else refine_factor
-    step = max(1, CANDIDATES_AT_ONCE // min(k * max(1, refine), index.manifest.ntotal))
+    step = max(1, CANDIDATES_AT_ONCE // max(1, min(k * max(1, refine), index.manifest.ntotal)))
     found = [
         index.search(queries_Qd[start : start + step], k, nprobe=nprobe, refine_factor=refine)
         for start in range(0, len(queries_Qd), step)
@@ -228,6 +230,22 @@ def read_columns(path: str, needed: Sequence[str], optional: Sequence[str], opti
             row = table.column(name).is_null().to_pylist().index(True)
             raise ConfigError(f"column {name!r} of {path!r} must not hold nulls, row {row + 1} does ({option})")
     return {name: table.column(name).to_pylist() for name in table.column_names}
+
+
+def read_table_columns(path: str, names: Sequence[str], option: str) -> list[Any]:
+    """Values of the first of the columns that the Parquet file has. Raises ConfigError naming file and columns."""
+    have = _parquet_names(path, option)
+    for name in names:
+        if name in have:
+            return read_columns(path, (name,), (), option)[name]
+    raise ConfigError(f"{path!r} must have a column {' or '.join(names)}, it has {', '.join(have)} ({option})")
+
+
+def _parquet_names(path: str, option: str) -> list[str]:
+    try:
+        return list(pq.ParquetFile(pa.BufferReader(read_file(path, option))).schema_arrow.names)
+    except (pa.ArrowException, OSError) as error:
+        raise ConfigError(f"{path!r} must be a Parquet file, and cannot be read as one: {error} ({option})") from None
 
 
 def read_file(path: str, option: str) -> bytes:

@@ -127,3 +127,6 @@ def attend_segments(
                 for r in range(rows):
                     target = out_at + r * out_THD.strides[0]
                     scale_row(found_at + 4 * r * dim, target, dim, np.float32(1.0) / totals[r])
+    # numba 0.68 frees an array after its last use by name, and an address is none: without this line what is computed
+    # above lies in freed memory, which other threads' allocations are free to take.
+    totals[0] = len(keys) + len(values) + len(queries) + len(scores) + len(shares) + len(found)

@@ -22,6 +22,8 @@ from operators.errors import IntegrityError
 from operators.storage.store import Store
 
 BLOCK_BYTES = 64 << 10
+# Bytes that do not match are read again before the object is called damaged: they may have been damaged on their way.
+FETCH_ATTEMPTS = 3
 # Published objects are deleted by gc alone, with the last version that names them.
 GONE_ADVICE = (
     "; if `vectormill gc` removed the version that it belongs to, open the index again: that reads the published one"
@@ -220,21 +222,20 @@ class CheckedFile(io.RawIOBase):
 
     def _fetch(self, first: int, end: int) -> dict[int, bytes]:
         width = self.entry.block_bytes
-        try:
-            data = self._read_range(first * width, min(end * width, self.entry.size_bytes))
-        except FileNotFoundError:
-            raise IntegrityError(f"object {self._name} went missing while it was read{GONE_ADVICE}") from None
-        view = memoryview(data)
-        blocks = {}
-        for number in range(first, end):
-            block = view[(number - first) * width : (number - first + 1) * width]
-            if zlib.crc32(block) != self.entry.crc32[number]:
-                raise IntegrityError(
-                    f"object {self._name} is damaged: bytes {number * width} to {number * width + len(block)}"
-                    " do not match their checksum; restore the object from a copy, or build again with --fresh"
-                )
-            blocks[number] = bytes(block)
-        return blocks
+        for _ in range(FETCH_ATTEMPTS):
+            try:
+                data = self._read_range(first * width, min(end * width, self.entry.size_bytes))
+            except FileNotFoundError:
+                raise IntegrityError(f"object {self._name} went missing while it was read{GONE_ADVICE}") from None
+            view = memoryview(data)
+            blocks = {n: bytes(view[(n - first) * width : (n - first + 1) * width]) for n in range(first, end)}
+            bad = [n for n, block in blocks.items() if zlib.crc32(block) != self.entry.crc32[n]]
+            if not bad:
+                return blocks
+        raise IntegrityError(
+            f"object {self._name} is damaged: bytes {bad[0] * width} to {bad[0] * width + len(blocks[bad[0]])}"
+            " do not match their checksum; restore the object from a copy, or build again with --fresh"
+        )
 
 
 def verify_object(store: Store, entry: ObjectEntry, step_bytes: int = 8 << 20) -> None:

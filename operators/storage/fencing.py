@@ -51,7 +51,7 @@ def take_epoch(store: Store, run_id: str) -> Epoch:
     while True:
         found = read_epoch(store)
         epoch = Epoch(
-            number=found[0].number + 1 if found else 1,
+            number=(found[0].number if found else _highest_version(store)) + 1,
             run_id=run_id,
             holder=f"{getpass.getuser()}@{socket.gethostname()} pid {os.getpid()}",
             taken_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -62,3 +62,9 @@ def take_epoch(store: Store, run_id: str) -> Epoch:
         again = read_epoch(store)
         if again is not None and again[0] == epoch:  # the put succeeded, its answer was lost
             return epoch
+
+
+def _highest_version(store: Store) -> int:
+    """Number of the newest version that is there, 0 at a new root: an EPOCH that was lost must not bring a name again."""
+    names = {key.split("/")[1] for key in store.list_keys("versions")}
+    return max((int(name[1:]) for name in names if name[:1] == "v" and name[1:].isdecimal()), default=0)

@@ -6,14 +6,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from operators.errors import ConfigError
 
 # Credentials, region and endpoint come from the AWS ecosystem's own places (environment, profile, instance role,
-# AWS_ENDPOINT_URL): botocore reads them. Standard mode retries throttling, 5xx and resets with exponential backoff and jitter.
-S3_CONFIG = {"retries": {"mode": "standard", "max_attempts": 8}, "connect_timeout": 10, "read_timeout": 60}
+# AWS_ENDPOINT_URL): botocore reads them. Failures that pass are repeated in retrying_s3.py alone.
+S3_CONFIG = {"retries": {"mode": "standard", "total_max_attempts": 1}, "connect_timeout": 10, "read_timeout": 60}
 
 
 def filesystem_for(url: str) -> tuple[Any, str]:
@@ -26,8 +25,12 @@ def filesystem_for(url: str) -> tuple[Any, str]:
         path = rest if separator else url
         return LocalFileSystem(), str(Path(os.path.expanduser(path)).absolute())
     if scheme in ("s3", "s3a"):
+        from operators.storage.retrying_s3 import RetryingS3FileSystem  # here: local roots need no S3 client
+
+        # File systems are kept by their arguments: one an endpoint.
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
         # Listings must be fresh: a cached one would hide what other processes committed.
-        fs = fsspec.filesystem("s3", config_kwargs=S3_CONFIG, use_listings_cache=False)
+        fs = RetryingS3FileSystem(endpoint_url=endpoint, config_kwargs=S3_CONFIG, use_listings_cache=False)
         return fs, rest.rstrip("/")
     raise ConfigError(f"a location must be a local path or start with s3://, got {url!r} (scheme {scheme!r})")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -15,6 +16,29 @@ from pathlib import Path
 from operators.storage.store import Store, StoredObject
 
 TEMPORARY_PREFIX = ".tmp-"
+
+
+class DiskFullError(OSError):
+    """The file system, or the user's quota on it, has no room. `filename` is what was written."""
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Gives errors of the block the name of the file, and those for want of room a class and the room that is left."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFullError(error.errno, f"disk full ({_room(path)})", str(path)) from error
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def _room(path: Path) -> str:
+    folder = next(folder for folder in path.parents if folder.exists())
+    usage = shutil.disk_usage(folder)
+    return f"{usage.free / 1e6:,.1f} of {usage.total / 1e6:,.1f} MB free"
 
 
 def fsync_folder(folder: Path) -> None:
@@ -30,23 +54,27 @@ class _LocalStream:
     """A file under a temporary name, renamed into place by commit()."""
 
     def __init__(self, target: Path) -> None:
-        target.parent.mkdir(parents=True, exist_ok=True)
         self._target = target
         self._temporary = target.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
-        self._file = open(self._temporary, "xb")  # noqa: SIM115 - closed by commit() or discard()
+        with writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self._temporary, "xb")  # noqa: SIM115 - closed by commit() or discard()
 
     def write(self, data: bytes) -> int:
-        return self._file.write(data)
+        with writing(self._target):
+            return self._file.write(data)
 
     def commit(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        os.replace(self._temporary, self._target)
-        fsync_folder(self._target.parent)
+        with writing(self._target):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            os.replace(self._temporary, self._target)
+            fsync_folder(self._target.parent)
 
     def discard(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # what is still buffered may find no room
+            self._file.close()
         self._temporary.unlink(missing_ok=True)
 
 
@@ -111,28 +139,36 @@ class LocalStore(Store):
         target = self.local_path(key)
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with open(temporary, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except BaseException:
+            temporary.unlink(
+                missing_ok=True
+            )  # on a full disk what is left behind takes the room that the next run needs
+            raise
         return temporary
 
     def put(self, key: str, data: bytes) -> None:
-        temporary = self._write_temporary(key, data)
-        os.replace(temporary, self.local_path(key))
-        fsync_folder(temporary.parent)
+        with writing(self.local_path(key)):
+            temporary = self._write_temporary(key, data)
+            os.replace(temporary, self.local_path(key))
+            fsync_folder(temporary.parent)
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
-        temporary = self._write_temporary(key, data)
-        try:
-            # link(2) is atomic and fails when the name is taken; rename(2) would replace it.
-            os.link(temporary, self.local_path(key))
-        except FileExistsError:
-            return False
-        finally:
-            temporary.unlink()
-        fsync_folder(temporary.parent)
-        return True
+        with writing(self.local_path(key)):
+            temporary = self._write_temporary(key, data)
+            try:
+                # link(2) is atomic and fails when the name is taken; rename(2) would replace it.
+                os.link(temporary, self.local_path(key))
+            except FileExistsError:
+                return False
+            finally:
+                temporary.unlink()
+            fsync_folder(temporary.parent)
+            return True
 
     def read_tagged(self, key: str) -> tuple[bytes, str] | None:
         try:

@@ -11,33 +11,74 @@ from collections.abc import Callable, Iterator, Sequence
 from email.utils import parsedate_to_datetime
 from typing import Any
 
+from fsspec.asyn import sync
+
 from operators.errors import ResourceError
+from operators.storage.retrying_s3 import TRANSIENT_CODES
 from operators.storage.store import Store, StoredObject
 
 CLAIM_STALE_S = 60.0
 CLAIM_DEADLINE_S = 120.0
 DELETE_AT_ONCE = 1000  # the most that S3 takes
-_PRECONDITION_CODES = {"PreconditionFailed", "ConditionalRequestConflict", "412", "409"}
+DELETE_ATTEMPTS = 5
+PART_BYTES = 16 << 20
+_PART_CHECKSUMS = {"ChecksumCRC32", "ChecksumCRC32C", "ChecksumCRC64NVME", "ChecksumSHA1", "ChecksumSHA256"}
+_PRECONDITION_CODES = {"PreconditionFailed", "412"}
 _UNSUPPORTED_CODES = {"NotImplemented", "InvalidArgument", "501"}
 
 
 class _S3Stream:
-    """A multipart upload that becomes an object only by commit()."""
+    """A new object: one put, or a multipart upload once there is more than PART_BYTES. Visible by commit() only."""
 
-    def __init__(self, fs: Any, path: str) -> None:
-        self._file = fs.open(path, "wb", autocommit=False, block_size=16 << 20)
+    def __init__(self, fs: Any, bucket: str, key: str) -> None:
+        self._fs = fs
+        self._place = {"Bucket": bucket, "Key": key}
+        self._buffer = bytearray()
+        self._upload: str | None = None
+        self._parts: list[dict[str, Any]] = []
+        self._size = 0
 
     def write(self, data: bytes) -> int:
-        return int(self._file.write(data))
+        self._buffer += data
+        self._size += len(data)
+        while len(self._buffer) > PART_BYTES:
+            self._send_part()
+        return len(data)
+
+    def _send_part(self) -> None:
+        if self._upload is None:
+            self._upload = str(self._fs.call_s3("create_multipart_upload", **self._place)["UploadId"])
+        body = bytes(self._buffer[:PART_BYTES])
+        number = len(self._parts) + 1
+        answer = self._fs.call_s3("upload_part", **self._place, UploadId=self._upload, PartNumber=number, Body=body)
+        checksums = {name: value for name, value in answer.items() if name in _PART_CHECKSUMS}
+        self._parts.append({"PartNumber": number, "ETag": answer["ETag"], **checksums})
+        del self._buffer[:PART_BYTES]
 
     def commit(self) -> None:
-        self._file.close()
-        self._file.commit()
+        if self._upload is None:
+            self._fs.call_s3("put_object", **self._place, Body=bytes(self._buffer))
+            return
+        if self._buffer:
+            self._send_part()
+        parts = {"Parts": self._parts}
+        try:
+            self._fs.call_s3("complete_multipart_upload", **self._place, UploadId=self._upload, MultipartUpload=parts)
+        except FileNotFoundError:  # no such upload: completed by a request whose answer was lost
+            if self._found_size() != self._size:
+                raise
+        self._upload = None
+
+    def _found_size(self) -> int | None:
+        try:
+            return int(self._fs.call_s3("head_object", **self._place)["ContentLength"])
+        except FileNotFoundError:
+            return None
 
     def discard(self) -> None:
-        with contextlib.suppress(Exception):  # an upload that was never begun has nothing to abort
-            self._file.discard()
-        self._file.closed = True  # or its destructor would try to upload what was discarded
+        if self._upload is not None:
+            with contextlib.suppress(Exception):  # a bucket's lifecycle rule removes what cannot be aborted now
+                self._fs.call_s3("abort_multipart_upload", **self._place, UploadId=self._upload)
 
 
 class S3Store(Store):
@@ -109,10 +150,10 @@ class S3Store(Store):
         """Whether this store honours conditional puts: probed once a process, by really trying."""
         if self._conditional is None:
             key = f".probe/{uuid.uuid4().hex}"
+            # An unconditional put first: a conditional one whose answer was lost would look like a refused one.
+            self.put(key, b"1")
             try:
-                self._conditional = self._put_conditionally(key, b"1", IfNoneMatch="*") and not self._put_conditionally(
-                    key, b"2", IfNoneMatch="*"
-                )
+                self._conditional = not self._put_conditionally(key, b"2", IfNoneMatch="*")
             except OSError as error:
                 if _error_code(error) not in _UNSUPPORTED_CODES:
                     raise
@@ -134,17 +175,7 @@ class S3Store(Store):
             answer = self._fs.call_s3("get_object", Bucket=self._bucket, Key=f"{self._prefix}/{key}")
         except FileNotFoundError:
             return None
-        data = self._read_body(answer["Body"])
-        return data, str(answer["ETag"])
-
-    def _read_body(self, body: Any) -> bytes:
-        from fsspec.asyn import sync
-
-        async def read() -> bytes:
-            async with body as stream:
-                return bytes(await stream.read())
-
-        return bytes(sync(self._fs.loop, read))
+        return bytes(sync(self._fs.loop, answer["Body"].read)), str(answer["ETag"])
 
     def replace_if(self, key: str, data: bytes, tag: str | None) -> bool:
         if self.conditional:
@@ -191,7 +222,7 @@ class S3Store(Store):
             self.delete(f"{folder}/{name}")
 
     def open_stream(self, key: str) -> _S3Stream:
-        return _S3Stream(self._fs, self._path(key))
+        return _S3Stream(self._fs, self._bucket, f"{self._prefix}/{key}")
 
     def delete(self, key: str) -> None:
         with contextlib.suppress(FileNotFoundError):
@@ -199,18 +230,28 @@ class S3Store(Store):
 
     def delete_many(self, keys: Sequence[str]) -> None:
         for start in range(0, len(keys), DELETE_AT_ONCE):
-            names = [{"Key": f"{self._prefix}/{key}"} for key in keys[start : start + DELETE_AT_ONCE]]
+            self._delete_some([f"{self._prefix}/{key}" for key in keys[start : start + DELETE_AT_ONCE]])
+
+    def _delete_some(self, names: list[str]) -> None:
+        """Delete at most DELETE_AT_ONCE objects; those that S3 could not delete just now are asked for again."""
+        for attempt in range(DELETE_ATTEMPTS):
+            objects = {"Objects": [{"Key": name} for name in names], "Quiet": True}
             # s3fs's own rm leaves out what the answer says of single keys.
-            answer = self._fs.call_s3("delete_objects", Bucket=self._bucket, Delete={"Objects": names, "Quiet": True})
-            for refused in answer.get("Errors", []):
-                if refused.get("Code") != "NoSuchKey":
-                    raise OSError(
-                        f"could not delete {self._bucket}/{refused['Key']}: {refused.get('Code')} {refused.get('Message', '')}"
-                    )
+            answer = self._fs.call_s3("delete_objects", Bucket=self._bucket, Delete=objects)
+            refused = [error for error in answer.get("Errors", []) if error.get("Code") != "NoSuchKey"]
+            final = [error for error in refused if error.get("Code") not in TRANSIENT_CODES]
+            if final or (refused and attempt == DELETE_ATTEMPTS - 1):
+                error = (final or refused)[0]
+                raise OSError(
+                    f"could not delete {self._bucket}/{error['Key']}: {error.get('Code')} {error.get('Message', '')}"
+                )
+            names = [error["Key"] for error in refused]
+            if not names:
+                return
+            time.sleep(random.uniform(0, 2.0**attempt))
 
     def delete_tree(self, prefix: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            self._fs.rm(self._path(prefix), recursive=True)
+        self.delete_many(self.list_keys(prefix))
 
 
 def _error_code(error: OSError) -> str:

@@ -18,8 +18,7 @@ from operators.storage.filesystem import filesystem_for, is_local
 
 def open_store(root: str) -> Store:
     """The store at `root`: a folder (made when the first key is written) or an s3:// prefix."""
-    from operators.storage.local_store import LocalStore  # here, since both build on this module
-    from operators.storage.s3_store import S3Store
+    from operators.storage.local_store import LocalStore  # here, since it builds on this module
 
     fs, path = filesystem_for(root)
     if is_local(fs):
@@ -28,6 +27,8 @@ def open_store(root: str) -> Store:
         return LocalStore(path, Path(path))  # absolute: workers may have another working directory
     if "/" not in path:
         raise ConfigError(f"an index root on S3 needs a prefix inside the bucket, got {root!r}; use s3://bucket/name")
+    from operators.storage.s3_store import S3Store  # here: importing the S3 client takes half a second
+
     return S3Store(root, fs, path)
 
 

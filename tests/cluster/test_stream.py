@@ -32,6 +32,6 @@ def test_tokenizing_is_not_fused_into_the_encoders(ray_cluster: str, tmp_path: P
             operator = operator.input_dependencies[0] if operator.input_dependencies else None
     assert names[:3] == [
         "TaskPoolMapOperator: MapBatches(_commit)",
-        "ActorPoolMapOperator: MapBatches(_EncodeStage)",
+        "ActorPoolMapOperator: MapBatches(EncodeStage)",
         "TaskPoolMapOperator: ReadPieceSource->MapBatches(_chunk)",
     ]

@@ -13,12 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from operators import schemas
+from operators.artifact.deletions import write_deleted
 from operators.artifact.index import Index
 from operators.artifact.list_run import RunReader, RunSlice, write_run
-from operators.artifact.manifest import PartRef, part_ref
+from operators.artifact.manifest import PartRef, Segment, part_ref
 from operators.artifact.quantizer import Quantizer
 from operators.errors import IntegrityError
 from operators.merger import check_inputs, list_bytes, merge_range, open_runs, split_lists
+from operators.renumbering import Renumbering
 from operators.row_ids import RowIds, assign_row_ids
 from operators.storage.commits import CommitRecord, read_record
 from operators.storage.store import Store, open_store
@@ -129,7 +131,9 @@ def committed_run(store: Store, name: str, num_lists: int, list_size: int, d: in
     return CommitRecord(f"shard {name}", "i", "a", finished.objects, {**finished.facts, "quantizer": "q"})
 
 
-def peak_bytes(store: Store, runs: list[CommitRecord], key: str, buffer_bytes: int) -> int:
+def peak_bytes(
+    store: Store, runs: list[CommitRecord], key: str, buffer_bytes: int, renumbering: Renumbering | None = None
+) -> int:
     """Peak of what NumPy, Python and Arrow hold while all lists are merged into one part."""
     before = pa.default_memory_pool()
     pool = pa.proxy_memory_pool(before)
@@ -137,20 +141,30 @@ def peak_bytes(store: Store, runs: list[CommitRecord], key: str, buffer_bytes: i
     tracemalloc.start()
     try:
         lists = (0, runs[0].facts["num_lists"])
-        merge_range(store, key, runs, lists, quantizer_digest="q", buffer_bytes=buffer_bytes, inputs="i")
+        bounds: dict[str, Any] = {"buffer_bytes": buffer_bytes, "renumbering": renumbering}
+        merge_range(store, key, runs, lists, quantizer_digest="q", inputs="i", **bounds)
         return tracemalloc.get_traced_memory()[1] + pool.max_memory()
     finally:
         tracemalloc.stop()
         pa.set_memory_pool(before)
 
 
-def test_memory_of_a_merge_is_bounded_by_its_buffer_not_by_the_index(tmp_path: Path) -> None:
+def halves_deleted(store: Store, num_rows: int) -> list[Segment]:
+    """Two segments of `num_rows` rows; every second row of the first is deleted."""
+    deleted_N = np.arange(num_rows) % 2 == 0
+    entry = write_deleted(store, f"segments/deleted-{num_rows}", deleted_N).to_json()
+    return [Segment("a", 0, num_rows, [], entry, int(deleted_N.sum())), Segment("b", num_rows, num_rows, [])]
+
+
+@pytest.mark.parametrize("with_deleted", [False, True])
+def test_memory_of_a_merge_is_bounded_by_its_buffer_not_by_the_index(tmp_path: Path, with_deleted: bool) -> None:
     store, buffer_bytes = open_store(str(tmp_path)), 400_000
     peaks, sizes = [], []
     for num_lists in (60, 240):
         runs = [committed_run(store, f"runs/{num_lists}/shard-{i}", num_lists, 64, 256) for i in range(2)]
         sizes.append(sum(run.size_bytes for run in runs))
-        peaks.append(peak_bytes(store, runs, f"segments/{num_lists}/part-00000", buffer_bytes))
+        renumbering = Renumbering(store, halves_deleted(store, num_lists * 64)) if with_deleted else None
+        peaks.append(peak_bytes(store, runs, f"segments/{num_lists}/part-00000", buffer_bytes, renumbering))
     assert sizes[1] > 40 * buffer_bytes
     assert peaks[1] < sizes[1] / 4
     assert peaks[1] < 1.2 * peaks[0]

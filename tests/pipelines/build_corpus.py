@@ -20,6 +20,7 @@ SMALL_UNITS = (
     "index.merge_buffer_bytes=8000",
     "index.checkpoint_s=0",
 )
+IN_PROCESS = "cluster.where=process"
 
 
 def write_corpus(path: Path, documents: list[tuple[str, str, str]], row_group_size: int = 40) -> Path:
@@ -37,10 +38,11 @@ def run_cli(*arguments: str, ray_address: str = "", crash_at: str = "") -> subpr
     variables = {**os.environ}
     if ray_address:
         variables["RAY_ADDRESS"] = ray_address
+    elif arguments[0] in ("build", "update"):
+        arguments = (*arguments, "--set", IN_PROCESS)
     if crash_at:
         variables["VECTORMILL_CRASH_AT"] = crash_at
-    module = "pipelines.cli" if ray_address else "tests.pipelines.one_process"
-    command = [sys.executable, "-m", module, *arguments]
+    command = [sys.executable, "-m", "pipelines.cli", *arguments]
     return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300, check=False)
 
 

@@ -73,8 +73,8 @@ def test_every_kind_of_bad_row_is_rejected_with_its_reason(run: Any, folder: Pat
     assert manifest.rows["dropped"] == {"no_tokens": 1}
     assert (manifest.rows["read"], manifest.rows["indexed"], manifest.num_docs) == (41, 31, 31)
     store = open_store(str(tmp_path / "root"))
-    assert manifest.segments[0].rejects is not None
-    rejects = read_table(store, ObjectEntry.from_json(manifest.segments[0].rejects)).to_pylist()
+    assert manifest.rejects is not None
+    rejects = read_table(store, ObjectEntry.from_json(manifest.rejects)).to_pylist()
     assert len(rejects) == 10
     assert all(line["source"] and line["row"] >= 0 and line["detail"] for line in rejects)
     duplicate = next(line for line in rejects if line["reason"] == "duplicate_id")

@@ -70,7 +70,7 @@ def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def rejects_of(root: str, manifest: Manifest) -> list[dict[str, Any]]:
-    entry = manifest.segments[0].rejects
+    entry = manifest.rejects
     assert entry is not None
     return list(read_table(open_store(root), ObjectEntry.from_json(entry)).to_pylist())
 

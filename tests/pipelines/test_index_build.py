@@ -46,7 +46,7 @@ def parts_of_build(
     context: Any, made: Version, shards: list[CommitRecord], segment: str = "s", corpus: str = "c" * 64
 ) -> list[PartRef]:
     trained = trained_record(made)
-    return index_build._parts(context, shards, trained, made.pieces, segment, corpus)
+    return index_build.merge_parts(context, shards, trained, made.pieces, segment, corpus)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_a_shard_that_was_committed_for_other_inputs_is_refused_by_name(made: Ve
     trained = trained_record(made)
     groups = index_build.group_pieces(made.pieces, made.rows, 300)
     context = context_of(made.store, "runs/u")
-    shards = index_build._shards(context, groups, trained, "c" * 64)
+    shards = index_build.build_shards(context, groups, trained, "c" * 64)
     assert sum(shard.facts["num_entries"] for shard in shards) == made.manifest.ntotal
 
     def foreign(function: Any, calls: list[tuple[Any, ...]], **_: Any) -> list[CommitRecord]:
@@ -108,7 +108,7 @@ def test_a_shard_that_was_committed_for_other_inputs_is_refused_by_name(made: Ve
         return [records[0], records[0], *records[2:]]
 
     with pytest.raises(IntegrityError, match=r"shard shard-00000.* was made from other inputs"):
-        index_build._shards(context_of(made.store, "runs/u", foreign), groups, trained, "c" * 64)
+        index_build.build_shards(context_of(made.store, "runs/u", foreign), groups, trained, "c" * 64)
 
 
 def test_shards_cut_otherwise_on_resume_are_built_again_not_mixed(made: Version) -> None:
@@ -117,7 +117,7 @@ def test_shards_cut_otherwise_on_resume_are_built_again_not_mixed(made: Version)
     for shard_rows in (200, 330, 10_000):
         context = context_of(made.store, "runs/v", shard_rows=shard_rows)
         groups = index_build.group_pieces(made.pieces, made.rows, shard_rows)
-        shards = index_build._shards(context, groups, trained, "c" * 64)
+        shards = index_build.build_shards(context, groups, trained, "c" * 64)
         found = contents(parts_of_build(context, made, shards, f"v{shard_rows}"))
         expected = expected or found
         assert found == expected
