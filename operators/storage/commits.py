@@ -56,19 +56,21 @@ def new_attempt() -> str:
 def seal(body: dict[str, Any]) -> bytes:
     """JSON with its own SHA-256, so that a flipped bit in a record or manifest is found when it is read."""
     text = json.dumps(body, sort_keys=True, indent=1)
-    return json.dumps(
-        {"sha256": hashlib.sha256(text.encode()).hexdigest(), "body": body}, sort_keys=True, indent=1
-    ).encode()
+    # As json.dumps would write both, a level deeper: strings hold no newline. (Its indenting encoder is Python's slow one.)
+    deeper = text.replace("\n", "\n ")
+    return f"{_HEAD}{deeper}{_MIDDLE}{hashlib.sha256(text.encode()).hexdigest()}{_TAIL}".encode()
+
+
+_HEAD, _MIDDLE, _TAIL = '{\n "body": ', ',\n "sha256": "', '"\n}'
 
 
 def unseal(data: bytes, name: str) -> dict[str, Any]:
     """Body of a sealed JSON. Raises IntegrityError naming `name` when it is damaged."""
     try:
         sealed = json.loads(data)
-        body = sealed["body"]
-        digest = hashlib.sha256(json.dumps(body, sort_keys=True, indent=1).encode()).hexdigest()
-        if digest == sealed["sha256"]:
-            return dict(body)
+        text, middle, _ = data.decode().removeprefix(_HEAD).rpartition(_MIDDLE)
+        if middle and hashlib.sha256(text.replace("\n ", "\n").encode()).hexdigest() == sealed["sha256"]:
+            return dict(sealed["body"])
     except (ValueError, KeyError, TypeError):
         pass
     raise IntegrityError(
