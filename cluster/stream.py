@@ -32,7 +32,7 @@ from operators.cleaner import CleanConfig, Cleaner
 from operators.encoder import Encoder
 from operators.encoding.encode_config import EncodeConfig, configured_model
 from operators.encoding.model_folder import ModelSpec
-from operators.errors import FingerprintError, ResourceError, SourceChangedError, VectormillError
+from operators.errors import ConfigError, FingerprintError, ResourceError, SourceChangedError, VectormillError
 from operators.piece_store import EncodedPiece, commit_piece, read_table
 from operators.sources.pieces import Piece
 from operators.sources.read_config import ReadConfig
@@ -273,7 +273,7 @@ class EncodeStage:
     def __init__(self, job: StreamJob) -> None:
         self._encoder = Encoder(job.encode, model_of(job))
         self._encoder.setup()
-        self._reference_facts: dict[tuple[str, ObjectEntry], dict[str, float]] = {}
+        self._compared_with: dict[tuple[str, ObjectEntry], dict[str, float] | ConfigError] = {}
 
     @property
     def batch_tokens(self) -> int:
@@ -294,13 +294,19 @@ class EncodeStage:
         return _each_piece(batch, "encoding", work)
 
     def _compared(self, store_url: str, reference: ObjectEntry) -> dict[str, float]:
-        """Cosines of the sample's vectors made now to the stored ones. Raises ParityError when they are too far apart."""
+        """Cosines of the sample's vectors made now to the stored ones. Raises ConfigError when they are too far apart."""
         key = (store_url, reference)
-        if key not in self._reference_facts:
+        if key not in self._compared_with:
             table = read_table(open_store(store_url), reference).slice(0, REFERENCE_TEXTS)
             stored = np.array(table.column("vector").to_pylist(), np.float32)
-            self._reference_facts[key] = self._encoder.compare_queries(table.column("text").to_pylist(), stored)
-        return self._reference_facts[key]
+            try:
+                self._compared_with[key] = self._encoder.compare_queries(table.column("text").to_pylist(), stored)
+            except ConfigError as error:  # found once, told for every piece
+                self._compared_with[key] = error
+        found = self._compared_with[key]
+        if isinstance(found, ConfigError):
+            raise found
+        return found
 
 
 def _commit(batch: pa.Table, job: StreamJob) -> pa.Table:

@@ -50,14 +50,16 @@ def inherit(corpus: Corpus, object_of_parent_P: Ints, parent: Ledger) -> None:
     """Give scanned documents what the parent's ledger knows of them; fills the corpus's ledger.
 
     A document that was deleted by request stays so as long as its object (`object_of_parent_P`: the number that the
-    object has in the new corpus, -1 for one that is gone) holds the same text under its id. A text without tokens has
-    none wherever it stands.
+    object has in the new corpus, -1 for one that is gone) holds the same text under its id; when its object is gone (or
+    has another name now), wherever it is found. A text without tokens has none wherever it stands.
     """
     ledger = corpus.ledger
     scanned = np.flatnonzero(corpus.position_N < 0)
     was_deleted = np.flatnonzero((parent.state_N == DELETED) & (object_of_parent_P >= 0))
     known = _keys(parent.take(was_deleted), object_of_parent_P[was_deleted])
     again = find_rows(known, _keys(ledger.take(scanned), corpus.object_N[scanned])) >= 0
+    homeless = np.flatnonzero((parent.state_N == DELETED) & (object_of_parent_P < 0))
+    again |= find_rows(_keys(parent.take(homeless)), _keys(ledger.take(scanned))) >= 0
     ledger.state_N[scanned[again]] = DELETED
     spread_no_tokens(ledger, parent.text_hash_N2[parent.state_N == NO_TOKENS])
 

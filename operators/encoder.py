@@ -20,6 +20,8 @@ from operators.encoding.text_encoder import Ints, NonFiniteVectorError, Spans, T
 from operators.errors import ConfigError, SourceError
 from operators.query_sample import draw_queries, query_table
 
+NOT_THE_INDEX_ENCODER = "the encoder does not give the vectors that the index was built with"
+
 
 class Encoder:
     """Operator from a table of CHUNKS to a table of `schemas.encoded(d, outputs)`, row for row.
@@ -100,7 +102,6 @@ class Encoder:
             )
         return parity
 
-
     def compare_queries(self, texts: Sequence[str], stored_QD: npt.NDArray[np.float32]) -> dict[str, float]:
         """Cosines of the texts' vectors, encoded as queries now, to those that were made with the index, as facts.
 
@@ -109,7 +110,7 @@ class Encoder:
         parity = compare(self.text_encoder.encode_queries(list(texts)), stored_QD)
         if problem := parity.problem(self.config):
             raise ConfigError(
-                f"the encoder does not give the vectors that the index was built with, nothing was encoded: {problem}; worst of"
+                f"{NOT_THE_INDEX_ENCODER}, nothing was encoded: {problem}; worst of"
                 f" {parity.num_vectors} is the query {texts[parity.worst]!r} (cosine {parity.minimum:.6f}). Another kind of"
                 " processor or device does not explain that much: compare the model's files and the libraries"
             )

@@ -27,17 +27,19 @@ from cluster.session import Session, connect
 from cluster.stream import StreamJob, stream_pieces
 from cluster.tasks import run_tasks
 from operators.artifact.manifest import (
-    CURRENT_KEY,
     Manifest,
+    fence_current,
     manifest_key,
-    open_current,
     publish,
+    read_current,
+    read_manifest,
     read_part_records,
     write_manifest,
 )
 from operators.chunker import Chunker
 from operators.cleaner import plugin_fingerprints
 from operators.crash_points import crash_point
+from operators.encoder import NOT_THE_INDEX_ENCODER
 from operators.encoding.encode_config import NEEDS_PRECISION, configured_model, precision_of_run
 from operators.encoding.model_folder import ModelSpec
 from operators.encoding.outputs import parse_outputs
@@ -136,7 +138,7 @@ def build(
         refuse_root_among_sources(sources, root)
         shown.stage("list sources")
         listing = list_sources(sources)
-        tag, current = _published(store, fresh)
+        digest_before, current = _published(store, fresh)
         if current is not None and not fresh:
             finish_published(store, current)
         if current is not None and not fresh and is_up_to_date(current, listing, fingerprint):
@@ -147,6 +149,7 @@ def build(
             discard_unfinished(store)
         run = begin_or_resume(store, pieces_of, list(sources), finished)
         epoch = take_epoch(store, run.run_id)
+        tag = fence_current(store, epoch, digest_before)
         check_run_kept(store, run)
         if config.cluster.where != "process":
             shown.stage("start Ray")
@@ -185,16 +188,25 @@ def refuse_root_among_sources(sources: Sequence[str], root: str) -> None:
 
 
 def _published(store: Store, fresh: bool) -> tuple[str | None, Manifest | None]:
-    """CURRENT's tag and its version. With `fresh` a damaged version is passed over: building anew is the remedy."""
-    found = store.read_tagged(CURRENT_KEY)
-    if found is None:
-        return None, None
+    """Digest of the manifest that CURRENT names, and the version; None for what there is not.
+
+    With `fresh` what is damaged is passed over: building anew is the remedy.
+    """
     try:
-        return found[1], open_current(store)
+        found = read_current(store)
     except IntegrityError:
         if not fresh:
             raise
-        return found[1], None
+        return None, None
+    if found is None:
+        return None, None
+    digest = found[0]["manifest"]
+    try:
+        return digest, read_manifest(store, found[0]["version"], digest)
+    except IntegrityError:
+        if not fresh:
+            raise
+        return digest, None
 
 
 def is_up_to_date(current: Manifest, listing: Listing, fingerprint: dict[str, Any]) -> bool:
@@ -243,13 +255,15 @@ def plan_corpus(context: BuildContext, objects: Sequence[SourceObject]) -> tuple
 
 def encoded_report(
     shown: RunProgress, pieces: Sequence[Piece], records: Sequence[CommitRecord], encoded: set[str]
-) -> dict[str, float]:
-    """What this attempt encoded and how long that took: by it `update --dry-run` says what an update would take."""
-    facts = [record.facts for piece, record in zip(pieces, records, strict=True) if piece.piece_id in encoded]
+) -> dict[str, float | None]:
+    """What was encoded and how long that took, or would have at the rate of this attempt: by it `update --dry-run` says what an update would take."""
+    now = [record.facts for piece, record in zip(pieces, records, strict=True) if piece.piece_id in encoded]
+    tokens, tokens_now = (sum(facts["num_tokens"] for facts in some) for some in ((r.facts for r in records), now))
+    seconds = shown.stages.get("encode pieces", 0.0)
     return {
-        "texts": sum(fact["num_docs"] for fact in facts),
-        "tokens": sum(fact["num_tokens"] for fact in facts),
-        "seconds": shown.stages.get("encode pieces", 0.0),
+        "texts": sum(record.facts["num_docs"] for record in records),
+        "tokens": tokens,
+        "seconds": seconds * tokens / tokens_now if tokens_now else None,
     }
 
 
@@ -314,6 +328,9 @@ def stream(context: BuildContext, pieces: list[Piece], unreadable: list[str]) ->
             seconds = time.monotonic() - started
             rate = f"{totals['num_docs'] / seconds:,.0f} docs/s {totals['num_tokens'] / seconds:,.0f} tokens/s"
             context.progress.advance(note=rate)
+    unlike = [failure for failure in failures if NOT_THE_INDEX_ENCODER in failure]
+    if unlike:
+        raise ConfigError(unlike[0][unlike[0].index(NOT_THE_INDEX_ENCODER) :])
     if failures:
         shown = "; ".join(sorted(failures)[:MAX_LISTED_FAILURES])
         more = f"; and {len(failures) - MAX_LISTED_FAILURES} more" if len(failures) > MAX_LISTED_FAILURES else ""

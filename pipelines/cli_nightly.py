@@ -68,7 +68,7 @@ def update_command(
         named = {key: pair for key, pair in given.items() if pair[0] is not None}
         options = UpdateOptions(
             append=append,
-            deletes=read_ids(deletes) if deletes is not None else (),
+            deletes=read_ids(deletes) if deletes is not None else None,
             min_recall=min_recall,
             max_deleted=max_deleted,
             queries=[query.text for query in read_queries(queries)] if queries is not None else (),

@@ -55,9 +55,8 @@ def show_update(facts: dict[str, Any]) -> None:
     if facts["dry_run"]:
         cost = facts["cost"]
         table.add_row("would encode", f"{documents['texts_to_encode']:,} texts, about {cost['tokens']:,} tokens")
-        table.add_row(
-            "would take", f"about {cost['seconds']:,.0f} s of encoding and {cost['size_bytes'] / 1e6:,.1f} MB"
-        )
+        took = "an unknown time" if cost["seconds"] is None else f"about {cost['seconds']:,.0f} s"
+        table.add_row("would take", f"{took} of encoding and {cost['size_bytes'] / 1e6:,.1f} MB")
     elif facts["published"]:
         kept = documents["texts_to_encode"] - facts["texts_encoded"]
         again = f", {kept:,} kept from an interrupted run" if kept > 0 else ""

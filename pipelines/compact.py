@@ -20,10 +20,9 @@ from cluster.preflight import check_environment
 from cluster.session import Session, connect
 from operators.artifact.manifest import (
     Manifest,
-    open_current,
+    fence_current,
+    open_published,
     publish,
-    read_current,
-    read_manifest,
     write_manifest,
 )
 from operators.crash_points import crash_point
@@ -78,7 +77,7 @@ def compact(
     with progress or RunProgress(quiet=True) as shown:
         check_environment()
         store = open_store(root)
-        parent, digest, tag = _open_parent(store)
+        parent, digest = open_published(store)
         config = configure(config_of_version(parent.config))
         finished = finish_published(store, parent)
         finished = finished if finished is not None and finished.kind == KIND else None
@@ -87,7 +86,7 @@ def compact(
         if finished is not None and finished.fingerprint["retrain"] and retrain:
             return CompactResult(parent, parent, True, shown.stages)
         _check(parent, config, retrain)
-        run, epoch = _begin(store, parent, digest, config, retrain, fresh)
+        run, epoch, tag = _begin(store, parent, digest, config, retrain, fresh)
         with told_as_lost(store, epoch, tag), _session(config, parent.ntotal, shown) as session:
             # Nothing is encoded, so no model is needed.
             no_model = cast(ModelSpec, None)
@@ -110,15 +109,6 @@ def is_compact(manifest: Manifest) -> bool:
     return len(manifest.segments) == 1 and not manifest.segments[0].num_deleted and manifest.amended is None
 
 
-def _open_parent(store: Store) -> tuple[Manifest, str, str]:
-    """The published version, its manifest's digest and CURRENT's tag, of one moment."""
-    found = read_current(store)
-    if found is None:
-        open_current(store)  # raises, saying what to do
-    assert found is not None
-    return read_manifest(store, found[0]["version"], found[0]["manifest"]), found[0]["manifest"], found[1]
-
-
 def _check(parent: Manifest, config: RunConfig, retrain: bool) -> None:
     """Raise ConfigError for settings that a compaction cannot change, and where there is no row to keep."""
     was, asked = config_of_version(parent.config).semantic(), config.semantic()
@@ -138,7 +128,7 @@ def _check(parent: Manifest, config: RunConfig, retrain: bool) -> None:
 
 def _begin(
     store: Store, parent: Manifest, digest: str, config: RunConfig, retrain: bool, fresh: bool
-) -> tuple[Run, Epoch]:
+) -> tuple[Run, Epoch, str | None]:
     """The run to go on with, or a new one. Work on another version, or for other settings, is of no use and discarded."""
     asked: dict[str, Any] = {"version": parent.version, "manifest": digest, "retrain": retrain}
     asked |= index_fingerprint({}, config.semantic("index"))
@@ -150,8 +140,9 @@ def _begin(
             discard_run(store, run.run_id)
     run = begin_or_resume(store, asked, [], {parent.run_id}, KIND)
     epoch = take_epoch(store, run.run_id)
+    tag = fence_current(store, epoch, digest)
     check_run_kept(store, run)
-    return run, epoch
+    return run, epoch, tag
 
 
 @contextmanager

@@ -36,7 +36,7 @@ from pipelines.announcements import (
     withdraw_finished,
 )
 from pipelines.progress import RunProgress
-from pipelines.runs import RUN_FILE, run_kind
+from pipelines.runs import RUN_FILE, is_outdated, run_kind
 from pipelines.versions import PUBLISHED_FOLDERS, Held, NamedObjects, hold, is_manifest, version_number
 
 KEYS_AT_ONCE = 1000
@@ -248,7 +248,8 @@ def _choose_runs(plan: Plan, store: Store, living: str | None, current: Held, is
     files = {run_id: stored for run_id, all_of in by_run.items() for stored in all_of if _is_run_file(stored.key)}
     newest: dict[str, str] = {}  # by kind, the run that a command of that kind would go on with
     for run_id in sorted(files):
-        if run_id != current.manifest.run_id:
+        # A compaction of another version than the published one is discarded by the next; it may be a copy of the index.
+        if run_id != current.manifest.run_id and not is_outdated(store, run_id, current.version):
             newest[run_kind(store, run_id)] = run_id
     if living is not None:
         plan.kept_runs[living] = "living: the last epoch's"

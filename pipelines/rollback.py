@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from operators.artifact.manifest import CURRENT_KEY, publish
+from operators.artifact.manifest import CURRENT_KEY, fence_current, publish
 from operators.crash_points import crash_point
 from operators.errors import ConfigError, IndexNotFoundError, IntegrityError
 from operators.storage.commits import unseal
@@ -32,7 +32,7 @@ def rollback(
     started = time.monotonic()
     with progress or RunProgress(quiet=True) as shown:
         store = open_store(root)
-        before, tag = _current(store, lenient=version is not None)
+        before, digest = _current(store, lenient=version is not None)
         target = version if version is not None else _parent(store, before)
         facts = {"root": root, "version": target, "before": before, "changed": False, "epoch": None, "checked": "light"}
         if target == before:
@@ -45,6 +45,7 @@ def rollback(
                 _check_every_byte(root, target)
             shown.stage("publish", total=1)
             epoch = take_epoch(store, f"rollback-to-{target}")
+            tag = fence_current(store, epoch, digest)
             crash_point("rollback.after_epoch")
             _finish_run_of(store, before)
             publish(store, held.manifest, held.digest, epoch, tag)
@@ -59,7 +60,7 @@ def rollback(
 
 
 def _current(store: Store, *, lenient: bool) -> tuple[str | None, str | None]:
-    """The published version and CURRENT's tag. `lenient`: (None, tag) when CURRENT is damaged or missing."""
+    """The published version and its manifest's digest. `lenient`: (None, None) when CURRENT is damaged or missing."""
     found = store.read_tagged(CURRENT_KEY)
     if found is None:
         if lenient:
@@ -69,10 +70,11 @@ def _current(store: Store, *, lenient: bool) -> tuple[str | None, str | None]:
             " there (`vectormill history`)"
         )
     try:
-        return unseal(found[0], f"{store.url}/{CURRENT_KEY}")["version"], found[1]
+        body = unseal(found[0], f"{store.url}/{CURRENT_KEY}")
+        return body["version"], body["manifest"]
     except IntegrityError as error:
         if lenient:
-            return None, found[1]
+            return None, None
         raise IntegrityError(f"{error}; or name the version to roll back to (`vectormill history`)") from None
 
 

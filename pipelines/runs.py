@@ -17,6 +17,7 @@ from operators.storage.commits import seal, unseal
 from operators.storage.fencing import Epoch
 from operators.storage.store import Store
 
+UNKNOWN_KIND = "unknown"
 RUN_FILE = "run.json"  # by which a later build finds the run
 
 
@@ -39,18 +40,28 @@ def unfinished_runs(store: Store) -> list[Run]:
     runs = []
     for key in store.list_keys("runs"):
         if key.endswith(f"/{RUN_FILE}") and key.count("/") == 2:
-            body = unseal(store.read(key), f"{store.url}/{key}")
-            runs.append(Run(body["run_id"], body["fingerprint"], resumed=True, kind=body["kind"]))
+            try:
+                body = unseal(store.read(key), f"{store.url}/{key}")
+            except FileNotFoundError:  # it ended since it was listed
+                continue
+            runs.append(Run(body["run_id"], body["fingerprint"], resumed=True, kind=body.get("kind", "build")))
     return runs
 
 
 def run_kind(store: Store, run_id: str) -> str:
-    """The command that the run is of; "build" for one whose file is damaged or just went."""
+    """The command that the run is of; UNKNOWN_KIND for one whose file is damaged or just went."""
     try:
         key = f"runs/{run_id}/{RUN_FILE}"
-        return str(unseal(store.read(key), f"{store.url}/{key}")["kind"])
+        return str(unseal(store.read(key), f"{store.url}/{key}").get("kind", "build"))
     except (FileNotFoundError, IntegrityError):
-        return "build"
+        return UNKNOWN_KIND
+
+
+def is_outdated(store: Store, run_id: str, version: str) -> bool:
+    """Whether the run can only be of use for another version than the published one."""
+    return any(
+        run.run_id == run_id and run.fingerprint.get("version", version) != version for run in unfinished_runs(store)
+    )
 
 
 def begin_or_resume(
@@ -132,6 +143,6 @@ def discard_run(store: Store, run_id: str) -> None:
 
 def discard_unfinished(store: Store, kind: str | None = None) -> None:
     """Delete the work of all runs, or of all of one kind (--fresh, after taking the epoch)."""
-    for run in unfinished_runs(store):
-        if kind is None or run.kind == kind:
-            discard_run(store, run.run_id)
+    for run_id in sorted({key.split("/")[1] for key in store.list_keys("runs")}):
+        if kind is None or run_kind(store, run_id) in (kind, UNKNOWN_KIND):
+            discard_run(store, run_id)

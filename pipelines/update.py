@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 
 from cluster.preflight import check_environment
-from cluster.session import ClusterConfig, Session, connect
-from operators.artifact.manifest import Manifest, open_current, publish, read_current, read_manifest, write_manifest
+from cluster.session import Session, connect
+from operators.artifact.manifest import Manifest, fence_current, open_published, publish, write_manifest
 from operators.chunker import Chunker
 from operators.cleaner import plugin_fingerprints
 from operators.crash_points import crash_point
 from operators.documents import SourceEntry, document_hash, read_sources
 from operators.encoding.encode_config import configured_model
-from operators.errors import ConfigError, FingerprintError, SourceError
+from operators.errors import ConfigError, FingerprintError, QualityError, SourceError
 from operators.fingerprint import index_fingerprint, piece_fingerprint
 from operators.settings import differing_fields
 from operators.sources.listing import Listing, SourceObject, list_sources
@@ -76,7 +76,7 @@ class UpdateResult:
     texts_encoded: int  # by this attempt; the rest was committed before
     seconds: dict[str, float]
     dry_run: bool = False
-    cost: dict[str, float] | None = None  # of a dry run: tokens, seconds of encoding, size_bytes; estimates
+    cost: dict[str, float | None] | None = None  # of a dry run: tokens, seconds of encoding, size_bytes; estimates
     retrained: str = ""  # why the quantizer was trained anew, in a version that followed this one at once
 
 
@@ -85,7 +85,7 @@ class UpdateOptions:
     """How an update is to be done."""
 
     append: bool = False  # SOURCE lists only what is new
-    deletes: Sequence[str] = ()  # ids of documents to delete, whatever the corpus holds
+    deletes: Sequence[str] | None = None  # ids of documents to delete, whatever the corpus holds
     min_recall: float = 0.95
     max_deleted: float = 0.5  # fraction of the documents that may vanish in one update
     queries: Sequence[str] = ()  # to measure recall with, in place of the stored sample
@@ -107,74 +107,93 @@ def update(
     Raises a VectormillError (see operators/errors.py); what was committed until then is kept, and CURRENT is as it was.
     """
     chosen = options or UpdateOptions()
+    _check_options(sources, chosen)
+    with progress or RunProgress(quiet=True) as shown:
+        result = _update(sources, root, configure, chosen, shown)
+        if chosen.retrain == "auto" and not chosen.dry_run:
+            return _retrained(result, root, configure, chosen.min_recall, shown)
+        return result
+
+
+def _check_options(sources: Sequence[str], chosen: UpdateOptions) -> None:
+    """Raise ConfigError for what cannot be meant."""
     if chosen.retrain not in ("never", "auto"):
         raise ConfigError(f"retrain must be never or auto, got {chosen.retrain!r} (--retrain)")
-    if not sources and not (chosen.append and chosen.deletes):
+    for name, value in (("--min-recall", chosen.min_recall), ("--max-deleted", chosen.max_deleted)):
+        if not 0 <= value <= 1:
+            raise ConfigError(f"{name} must be in 0..1, got {value:g}")
+    if not sources and not (chosen.append and chosen.deletes is not None):
         raise ConfigError(
             "update needs the corpus as it is now, got no SOURCE; to delete documents only, give --append --deletes FILE"
         )
-    with progress or RunProgress(quiet=True) as shown:
-        check_environment()
-        store = open_store(root)
-        parent, tag = _open_parent(store)
-        if not chosen.dry_run:
-            finish_published(store, parent)
-        config = configure(config_of_version(parent.config))
-        refuse_root_among_sources(sources, root)
-        shown.stage("list sources")
-        entries = read_sources(store, parent)
-        listing = _listing(sources, entries, chosen.append)
-        objects = count_objects(entries, listing.objects)
-        if not chosen.deletes and not chosen.fresh and listing.objects == [entry.obj for entry in entries]:
-            return UpdateResult(parent, False, objects, _no_changes(parent), 0, shown.stages, chosen.dry_run)
-        spec = configured_model(config.encode)
-        Chunker(config.chunk, spec).setup()
-        settings = config.semantic("read", "clean", "chunk", "encode") | plugin_fingerprints(config.clean)
-        numbering = {"clean.duplicates": settings.pop("clean.duplicates")}
-        pieces_of = piece_fingerprint(settings, spec.fingerprint)
-        fingerprint = index_fingerprint(pieces_of, config.semantic("index") | numbering)
-        _check_fingerprint(parent, fingerprint)
-        with ExitStack() as stack:
-            if chosen.dry_run:
-                scratch = open_store(stack.enter_context(tempfile.TemporaryDirectory(prefix="vectormill-")))
-                config = dataclasses.replace(config, cluster=ClusterConfig(where="process"))
-                run, epoch = Run("dry-run", pieces_of, False, "update"), Epoch(0, "dry-run", "", "")
-                watch = _no_watch
-            else:
-                scratch = store
-                run, epoch = _begin(store, pieces_of, sources, parent, chosen.fresh)
-                watch = epoch_watch(store, epoch)
-                stack.enter_context(told_as_lost(store, epoch, tag))
-                stack.enter_context(forgotten_if_refused(store, run))
-            context = BuildContext(scratch, config, spec, run, epoch, _nowhere(), shown, fingerprint, watch)
-            scanned_bytes = _bytes_to_scan(entries, listing.objects)
-            with _session(context, scanned_bytes <= IN_PROCESS_BYTES):
-                plan = plan_update(context, store, parent, entries, listing.objects, _deletes(chosen.deletes))
-            _check_deleted(parent, plan, chosen.max_deleted)
-            changes = {**plan.changes.counts, "texts_to_encode": len(plan.changes.to_encode_E)}
-            if chosen.dry_run:
-                cost = _cost(parent, changes["texts_to_encode"])
-                return UpdateResult(parent, False, objects, changes, 0, shown.stages, dry_run=True, cost=cost)
-            with _session(context, len(plan.changes.to_encode_E) <= IN_PROCESS_DOCUMENTS):
-                encoded = encode_changes(context, parent, plan)
-                facts = {"objects": objects, "documents": changes}
-                sources_facts = _sources_facts(sources, listing, chosen.append, parent)
-                candidate, new_segments = build_update(context, parent, plan, encoded, sources_facts, facts)
-                if not plan.num_newly_deleted and _same_content(parent, candidate):
-                    discard_unpublished(store, run, epoch)
-                    return UpdateResult(parent, False, objects, changes, encoded.num_texts, shown.stages)
-                found = measured(context, parent, candidate, new_segments, chosen.queries)
-                candidate = found.candidate
-            given = found.recall if chosen.queries else None
-            gate(store, candidate, found.parent_recall, chosen.min_recall, given)
-            shown.stage("publish")
-            crash_point("manifest.before")
-            epoch.check(store)
-            digest = write_manifest(store, candidate)
-            publish(store, candidate, digest, epoch, tag)
-            tidy_up(store, run, candidate)
-        result = UpdateResult(candidate, True, objects, changes, encoded.num_texts, shown.stages)
-        return _retrained(result, root, configure, chosen.min_recall, shown) if chosen.retrain == "auto" else result
+
+
+def _update(
+    sources: Sequence[str],
+    root: str,
+    configure: Callable[[RunConfig], RunConfig],
+    chosen: UpdateOptions,
+    shown: RunProgress,
+) -> UpdateResult:
+    check_environment()
+    store = open_store(root)
+    parent, parent_digest = open_published(store)
+    if not chosen.dry_run:
+        finish_published(store, parent)
+    config = configure(config_of_version(parent.config))
+    refuse_root_among_sources(sources, root)
+    shown.stage("list sources")
+    entries = read_sources(store, parent)
+    listing = _listing(sources, entries, chosen.append)
+    objects = count_objects(entries, listing.objects)
+    if not chosen.deletes and not chosen.fresh and listing.objects == [entry.obj for entry in entries]:
+        return UpdateResult(parent, False, objects, _no_changes(parent), 0, shown.stages, chosen.dry_run)
+    spec = configured_model(config.encode)
+    Chunker(config.chunk, spec).setup()
+    settings = config.semantic("read", "clean", "chunk", "encode") | plugin_fingerprints(config.clean)
+    numbering = {"clean.duplicates": settings.pop("clean.duplicates")}
+    pieces_of = piece_fingerprint(settings, spec.fingerprint)
+    fingerprint = index_fingerprint(pieces_of, config.semantic("index") | numbering)
+    _check_fingerprint(parent, fingerprint)
+    with ExitStack() as stack:
+        if chosen.dry_run:
+            scratch = open_store(stack.enter_context(tempfile.TemporaryDirectory(prefix="vectormill-")))
+            run, epoch, tag = Run("dry-run", pieces_of, False, "update"), Epoch(0, "dry-run", "", ""), None
+            watch = _no_watch
+        else:
+            scratch = store
+            run, epoch, tag = _begin(store, pieces_of, sources, parent, parent_digest, chosen.fresh)
+            watch = epoch_watch(store, epoch)
+            stack.enter_context(told_as_lost(store, epoch, tag))
+            stack.enter_context(forgotten_if_refused(store, run))
+        context = BuildContext(scratch, config, spec, run, epoch, _nowhere(), shown, fingerprint, watch)
+        scanned_bytes = _bytes_to_scan(entries, listing.objects)
+        with _session(context, scanned_bytes <= IN_PROCESS_BYTES, chosen.dry_run):
+            plan = plan_update(context, store, parent, entries, listing.objects, _deletes(chosen.deletes or ()))
+        _check_deleted(parent, plan, chosen.max_deleted)
+        changes = {**plan.changes.counts, "texts_to_encode": len(plan.changes.to_encode_E)}
+        if chosen.dry_run:
+            cost = _cost(parent, changes["texts_to_encode"])
+            return UpdateResult(parent, False, objects, changes, 0, shown.stages, dry_run=True, cost=cost)
+        with _session(context, len(plan.changes.to_encode_E) <= IN_PROCESS_DOCUMENTS):
+            encoded = encode_changes(context, parent, plan)
+            facts = {"objects": objects, "documents": changes}
+            sources_facts = _sources_facts(sources, listing, chosen.append, parent)
+            candidate, new_segments = build_update(context, parent, plan, encoded, sources_facts, facts)
+            if not plan.num_newly_deleted and _same_content(parent, candidate):
+                discard_unpublished(store, run, epoch)
+                return UpdateResult(parent, False, objects, changes, encoded.num_texts, shown.stages)
+            found = measured(context, parent, candidate, new_segments, chosen.queries)
+            candidate = found.candidate
+        given = found.recall if chosen.queries else None
+        gate(store, candidate, found.parent_recall, chosen.min_recall, given)
+        shown.stage("publish")
+        crash_point("manifest.before")
+        epoch.check(store)
+        digest = write_manifest(store, candidate)
+        publish(store, candidate, digest, epoch, tag)
+        tidy_up(store, run, candidate)
+    return UpdateResult(candidate, True, objects, changes, encoded.num_texts, shown.stages)
 
 
 def _retrained(
@@ -184,35 +203,35 @@ def _retrained(
     min_recall: float,
     shown: RunProgress,
 ) -> UpdateResult:
-    """The update, followed by a version with a new quantizer where drift recommends one."""
+    """The update, followed by a version with a new quantizer where drift recommends one.
+
+    Also when nothing changed: the update before may have been killed in between. A new quantizer that does not pass the
+    gate leaves the update as it is.
+    """
     shown.stage("measure drift", total=1)
     found = drift(root)
     if found["recommendation"] != "retrain":
         return result
     shown.say(f"training the quantizer anew: {found['reason']}")
-    anew = compact(root, configure, retrain=True, min_recall=min_recall)
-    return dataclasses.replace(result, manifest=anew.manifest, retrained=found["reason"])
-
-
-def _open_parent(store: Store) -> tuple[Manifest, str]:
-    """The published version and CURRENT's tag at one moment."""
-    found = read_current(store)
-    if found is None:
-        open_current(store)  # raises, saying what to do
-    assert found is not None
-    return read_manifest(store, found[0]["version"], found[0]["manifest"]), found[1]
+    try:
+        anew = compact(root, configure, retrain=True, min_recall=min_recall)
+    except QualityError as error:
+        shown.say(f"{result.manifest.version} stays published, the new quantizer was refused: {error}")
+        return result
+    return dataclasses.replace(result, manifest=anew.manifest, published=True, retrained=found["reason"])
 
 
 def _begin(
-    store: Store, pieces_of: dict[str, Any], sources: Sequence[str], parent: Manifest, fresh: bool
-) -> tuple[Run, Epoch]:
+    store: Store, pieces_of: dict[str, Any], sources: Sequence[str], parent: Manifest, parent_digest: str, fresh: bool
+) -> tuple[Run, Epoch, str | None]:
     if fresh:
         take_epoch(store, "fresh")
         discard_unfinished(store, "update")
     run = begin_or_resume(store, pieces_of, list(sources), {parent.run_id}, "update")
     epoch = take_epoch(store, run.run_id)
+    tag = fence_current(store, epoch, parent_digest)
     check_run_kept(store, run)
-    return run, epoch
+    return run, epoch, tag
 
 
 def _no_watch() -> None:
@@ -224,8 +243,15 @@ def _nowhere() -> Session:
 
 
 @contextmanager
-def _session(context: BuildContext, is_small: bool) -> Iterator[None]:
-    """Ray for large work or where the settings ask for it, else this process; `context.session` says which."""
+def _session(context: BuildContext, is_small: bool, dry_run: bool = False) -> Iterator[None]:
+    """Ray for large work or where the settings ask for it, else this process; `context.session` says which.
+
+    A dry run stays here: other machines cannot write to its scratch folder.
+    """
+    if dry_run:
+        context.session = dataclasses.replace(_nowhere(), in_process=True)
+        yield
+        return
     cluster = context.config.cluster
     joins = bool(cluster.address or os.environ.get("RAY_ADDRESS"))
     here = cluster.where == "process" or (cluster.where == "auto" and is_small and not joins)
@@ -273,14 +299,14 @@ def _bytes_to_scan(entries: Sequence[SourceEntry], objects: Sequence[SourceObjec
     return sum(obj.size_bytes for obj in objects if obj not in before)
 
 
-def _cost(parent: Manifest, num_texts: int) -> dict[str, float]:
+def _cost(parent: Manifest, num_texts: int) -> dict[str, float | None]:
     """What encoding so many texts would take, going by what the parent's run measured and by the size of its objects."""
     encoded = parent.reports["encoded"]
     each = num_texts / max(1, encoded["texts"])
     per_document = parent.ntotal / max(1, parent.num_docs)
     return {
         "tokens": round(each * encoded["tokens"]),
-        "seconds": each * encoded["seconds"],
+        "seconds": None if encoded["seconds"] is None else each * encoded["seconds"],
         "size_bytes": round(num_texts * per_document * parent.bytes_per_vector),
     }
 

@@ -42,6 +42,7 @@ from pipelines.update_plan import Encoded, UpdatePlan
 if TYPE_CHECKING:
     from pipelines.build import BuildContext
 
+_DESCRIBED = pa.schema([("source", pa.string()), ("row", pa.int64()), ("doc_id", pa.string())])
 # Reasons that are found anew in every version; all others stay as long as their object does.
 RECOUNTED = ("duplicate_id", "duplicate_text", "deleted_by_request")
 
@@ -253,6 +254,8 @@ def _parent_states(plan: UpdatePlan) -> np.ndarray:
 
 def _described(context: BuildContext, parent: Manifest, plan: UpdatePlan, place_F: Ints) -> pa.Table:
     """source, row and doc_id of the documents at these places."""
+    if not len(place_F):
+        return _DESCRIBED.empty_table()
     position, scan_row = plan.corpus.position_N[place_F], plan.scan_row_N[place_F]
     at_home = position >= 0
     known = read_documents(context.store, parent, position[at_home], ["doc_id", "row"])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -55,6 +56,8 @@ from pipelines.update_stages import SCANNED, Wanted
 if TYPE_CHECKING:
     from pipelines.build import BuildContext
 
+READ_THREADS = 16
+TAKE_PIECES = 16  # are read again by one task, however few documents are wanted of each
 SCAN_PIECES = 16  # of one task: reading and hashing a piece takes a fraction of a second
 # A piece of so many documents that are all to be encoded goes to the encoders as it is; else they are put together.
 WHOLE_PIECE_DOCUMENTS = 256
@@ -71,19 +74,23 @@ class Scan:
     def table(self, store: Store, columns: Sequence[str]) -> pa.Table:
         """Columns of update_stages.SCANNED of all documents, `piece` numbered over all groups."""
         schema = pa.schema([SCANNED.field(name) for name in columns])
-        tables = [schema.empty_table()]
-        for group, record in zip(self.groups, self.records, strict=True):
+
+        def read(group: list[int], record: CommitRecord) -> pa.Table:
             table = read_table(store, record.objects["documents"], list(columns)).select(list(columns))
             if "piece" in columns:
                 place = table.schema.get_field_index("piece")
                 number = pa.array(table.column("piece").to_numpy() + group[0], pa.int32())
                 table = table.set_column(place, schema.field("piece"), number)
-            tables.append(table.cast(schema))
-        return pa.concat_tables(tables).combine_chunks()
+            return table.cast(schema)
+
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            tables = list(pool.map(read, self.groups, self.records))
+        return pa.concat_tables([schema.empty_table(), *tables]).combine_chunks()
 
     def rejects(self, store: Store) -> list[pa.Table]:
         """Rows that were left out, schemas.REJECTS."""
-        return [read_table(store, record.objects["rejects"]) for record in self.records]
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            return list(pool.map(lambda record: read_table(store, record.objects["rejects"]), self.records))
 
 
 @dataclass
@@ -335,7 +342,8 @@ def _take(context: BuildContext, wanted: Sequence[Wanted], expected: int) -> lis
             groups.append(one.piece)
             expected -= len(one.rows)
             continue
-        if not groups or isinstance(groups[-1], Piece) or held + len(one.rows) > context.config.read.piece_rows:
+        full = held + len(one.rows) > context.config.read.piece_rows
+        if not groups or isinstance(groups[-1], Piece) or full or len(groups[-1]) == TAKE_PIECES:
             groups.append([])
             held = 0
         last = groups[-1]

@@ -250,12 +250,18 @@ def read_current(store: Store) -> tuple[dict[str, Any], str] | None:
 
 def open_current(store: Store) -> Manifest:
     """Manifest of the published version. Raises IndexNotFoundError where there is none."""
+    return open_published(store)[0]
+
+
+def open_published(store: Store) -> tuple[Manifest, str]:
+    """Manifest of the published version and its digest, of one moment. Raises IndexNotFoundError where there is none."""
     found = read_current(store)
     if found is None:
         raise IndexNotFoundError(
             f"no index is published at {store.url} (no object CURRENT there); check the path, or run `vectormill build` first"
         )
-    return read_manifest(store, found[0]["version"], found[0]["manifest"])
+    digest = found[0]["manifest"]
+    return read_manifest(store, found[0]["version"], digest), digest
 
 
 def publish(store: Store, manifest: Manifest, digest: str, epoch: Epoch, tag: str | None) -> None:
@@ -272,8 +278,39 @@ def publish(store: Store, manifest: Manifest, digest: str, epoch: Epoch, tag: st
     if not store.replace_if(CURRENT_KEY, seal(body), tag):
         found = read_current(store)
         if found is None or found[0]["manifest"] != digest:  # else the put succeeded, its answer was lost
+            epoch.check(store)  # says who took the root, where that is why
             raise _overtaken(store, epoch, found)
     crash_point("publish.after")
+
+
+def fence_current(store: Store, epoch: Epoch, digest: str | None) -> str | None:
+    """Put the epoch into CURRENT, which names the same version after it; the tag to publish with.
+
+    From then on no earlier run's swap can succeed, wherever it was suspended, also if this run publishes nothing. digest:
+    of the manifest that CURRENT named when the run began; None: there was no CURRENT, or one that cannot be read. Raises
+    FencedError when it names another one, or a later run was here.
+    """
+    while True:
+        found = store.read_tagged(CURRENT_KEY)
+        if found is None:
+            if digest is not None:
+                raise _overtaken(store, epoch, None)
+            return None
+        try:
+            body = unseal(found[0], f"{store.url}/{CURRENT_KEY}")
+        except IntegrityError:
+            if digest is not None:
+                raise
+            return found[1]
+        if body["manifest"] != digest:
+            raise _overtaken(store, epoch, (body, found[1]))
+        data = seal({**body, "fence": epoch.number})
+        if body.get("fence", 0) < epoch.number:
+            store.replace_if(CURRENT_KEY, data, found[1])
+        again = store.read_tagged(CURRENT_KEY)
+        if again is not None and again[0] == data:
+            return again[1]
+        epoch.check(store)
 
 
 def check_current(store: Store, epoch: Epoch, tag: str | None) -> None:

@@ -176,7 +176,7 @@ def test_a_build_that_checked_its_epoch_before_a_rollback_loses_at_the_swap(
             rollback(local.url)
 
     monkeypatch.setattr("operators.artifact.manifest.crash_point", overtaken)
-    with pytest.raises(FencedError, match=r"CURRENT changed while .*run-3.* now names version v000001"):
+    with pytest.raises(FencedError, match=r"run-3, epoch 3.* no longer owns .*: run rollback-to-v000001"):
         build.publish()
     assert current_version(local) == "v000001"
 
