@@ -11,7 +11,10 @@ helpers. A command that then does not end with success is run again. What must h
   one process; `verify` finds nothing; no work is left at the root;
 - a reader in a process of its own finds CURRENT naming a whole version in every round, reads all of every new one, and
   its open indices answer as they first did;
-- what Ray leaves behind is gone soon (`lingering` names what was not).
+- a command that does not succeed says so in one line, without a traceback.
+
+`lingering` counts the processes that Ray left behind for longer than GRACE_S. `untidy` lists commands that ended with an exit
+code that is not documented: when the GCS dies while Ray starts, Ray 2.60 itself ends the driver after 60 s, without a word.
 
 Exit codes: 0 all held, 1 something did not.
 """
@@ -75,7 +78,7 @@ class Outcome:
     attempts: int = 0
     failures: list[str] = field(default_factory=list)
     lingering: Counter[str] = field(default_factory=Counter)
-    untidy: list[str] = field(default_factory=list)  # attempts that ended with a traceback or an undocumented exit code
+    untidy: list[str] = field(default_factory=list)  # other exit codes: see the module's docstring
     longest_clear_s: float = 0.0
     reader: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
@@ -154,7 +157,9 @@ class Harness:
                 if digest != plan.content_digest:
                     self._fail(plan, f"content_digest {digest}, undisturbed {plan.content_digest}")
                 return
-            if "Traceback" in stderr or code not in EXPECTED_CODES:
+            if "Traceback" in stderr:
+                self._fail(plan, f"a traceback, exit code {code} after {_named(killed)}: {stderr[-3000:]}")
+            elif code not in EXPECTED_CODES:
                 self.outcome.untidy.append(f"{plan.kind}, exit code {code} after {_named(killed)}: {stderr[-1500:]}")
             if not killed:
                 self._fail(plan, f"exit code {code} although nothing was killed: {stderr[-3000:]}")
@@ -257,7 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         for failure in outcome.failures:
             print(f"FAILED {failure}")
-    return 1 if outcome.failures or outcome.untidy else 0
+    return 1 if outcome.failures else 0
 
 
 if __name__ == "__main__":
