@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -37,7 +38,7 @@ CORPUS = {
 
 @pytest.fixture
 def corpus(bucket: str) -> str:
-    fs = s3fs.S3FileSystem()
+    fs = s3fs.S3FileSystem(endpoint_url=os.environ["AWS_ENDPOINT_URL"])
     for name, content in {**CORPUS, "_SUCCESS": b"", "picture.png": b"x", "b/": b""}.items():
         fs.pipe_file(f"{bucket}/corpus/{name}", content)
     return f"{bucket}/corpus"
@@ -72,7 +73,7 @@ def test_objects_prefixes_and_globs_on_s3_are_listed(corpus: str) -> None:
 def test_an_object_on_s3_that_changes_or_vanishes_is_an_error(corpus: str) -> None:
     config = ReadConfig()
     pieces = plan_pieces(list_sources([f"{corpus}/a.parquet", f"{corpus}/b/b.jsonl"]).objects, config).pieces({})
-    fs = s3fs.S3FileSystem()
+    fs = s3fs.S3FileSystem(endpoint_url=os.environ["AWS_ENDPOINT_URL"])
     for piece in pieces:
         assert PieceReader(config).read(piece).rows.num_rows in (25, 30)
         uri = piece.objects[0].uri
@@ -87,7 +88,7 @@ def test_an_object_on_s3_that_changes_or_vanishes_is_an_error(corpus: str) -> No
 def test_damaged_objects_on_s3_are_named(bucket: str) -> None:
     from operators.storage.store import open_store
 
-    fs = s3fs.S3FileSystem()
+    fs = s3fs.S3FileSystem(endpoint_url=os.environ["AWS_ENDPOINT_URL"])
     fs.pipe_file(f"{bucket}/c/a.parquet", CORPUS["a.parquet"][:-50])
     with pytest.raises(SourceError, match=f"{bucket}/c/a.parquet .*truncated"):
         plan_pieces(list_sources([f"{bucket}/c"]).objects, ReadConfig())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ def test_a_build_on_ray_and_s3_killed_in_workers_and_driver_ends_with_the_same_b
     corpus: str, undisturbed: dict[str, object], ray_cluster: str, bucket: str
 ) -> None:
     # Corpus and root on S3; killed in a commit task, in a training task, in a merge task, and in the driver.
-    s3fs.S3FileSystem().put_file(corpus, f"{bucket}/corpus/docs.parquet")
+    s3fs.S3FileSystem(endpoint_url=os.environ["AWS_ENDPOINT_URL"]).put_file(corpus, f"{bucket}/corpus/docs.parquet")
     points = ["piece.before_record:1", "checkpoint.before_record:3", "part.before_record:1", "publish.before:1"]
     digest = kill_and_resume(f"{bucket}/corpus/", f"{bucket}/root", points, ray_cluster)
     assert digest == undisturbed["content_digest"]

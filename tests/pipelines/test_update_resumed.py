@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -61,7 +62,11 @@ def test_ray_and_one_process_give_the_same_digest(site: Site, ray_cluster: str, 
 
 
 def test_an_index_and_a_corpus_on_s3_are_updated(tiny_model: Path, bucket: str, tmp_path: Path) -> None:
-    site, corpus, store = Site(tmp_path, tiny_model, root=f"{bucket}/root"), f"{bucket}/docs", s3fs.S3FileSystem()
+    site, corpus, store = (
+        Site(tmp_path, tiny_model, root=f"{bucket}/root"),
+        f"{bucket}/docs",
+        s3fs.S3FileSystem(endpoint_url=os.environ["AWS_ENDPOINT_URL"]),
+    )
 
     def upload() -> None:
         if store.exists(corpus):
