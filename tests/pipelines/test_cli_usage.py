@@ -128,7 +128,7 @@ def test_with_json_a_mistake_is_also_a_json_object(capsys: pytest.CaptureFixture
 def _raise(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     from pipelines import info
 
-    def fail(root: str) -> dict[str, Any]:
+    def fail(root: str, version: str | None) -> dict[str, Any]:
         raise error
 
     monkeypatch.setattr(info, "info", fail)
