@@ -108,6 +108,7 @@ def test_a_build_on_ray_killed_at_every_point_ends_with_the_same_bytes(
     assert kill_and_resume(corpus, root, CRASH_POINTS, ray_cluster) == undisturbed["content_digest"]
 
 
+@pytest.mark.slow
 def test_one_and_two_workers_and_other_operational_settings_give_the_same_bytes(
     corpus: str, undisturbed: dict[str, object], ray_cluster: str, tmp_path: Path
 ) -> None:
@@ -121,6 +122,7 @@ def test_one_and_two_workers_and_other_operational_settings_give_the_same_bytes(
     assert (again["version"], again["content_digest"]) == (two["version"], two["content_digest"])
 
 
+@pytest.mark.slow
 def test_lists_found_on_two_levels_are_the_same_for_other_workers_shards_and_a_resumed_training(
     corpus: str, ray_cluster: str, tmp_path: Path
 ) -> None:
