@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.report import REPOSITORY, environment, spread, write_report
-from benchmarks.texts import short_texts
+from benchmarks.texts import texts_of_lengths
 from operators.artifact.index import Index
 from operators.artifact.manifest import open_current
 from operators.errors import IntegrityError
@@ -38,6 +38,7 @@ from pipelines.config import load_config
 from pipelines.verify import verify
 
 FLOORS = {"encoded_ratio": 1.0, "time_ratio": 0.10, "bytes_written_ratio": 0.03}
+TOKENS = (10, 40)  # of a text, about
 QUERIES = 200
 K = 10
 ROUNDING = 2e-3  # of scores of unit vectors in bfloat16 and float16
@@ -50,7 +51,7 @@ def make_corpora(num_texts: int, num_objects: int, changed: float, touched: int)
     num_changed = round(num_texts * changed)
     added, edited = num_changed // 3, num_changed // 3
     deleted = num_changed - added - edited
-    texts = short_texts(num_texts + added + edited, load_config().encode.model)
+    texts = texts_of_lengths(num_texts + added + edited, load_config().encode.model, *TOKENS)
     before: Corpus = [{} for _ in range(num_objects)]
     for number in range(num_texts):
         before[number % num_objects][f"d{number:07d}"] = texts[number]
