@@ -60,7 +60,7 @@ def show_update(facts: dict[str, Any]) -> None:
     elif facts["published"]:
         kept = documents["texts_to_encode"] - facts["texts_encoded"]
         again = f", {kept:,} kept from an interrupted run" if kept > 0 else ""
-        table.add_row("encoded", f"{facts['texts_encoded']:,} texts{again}")
+        table.add_row("encoded", f"{facts['texts_encoded']:,} text(s){again}")
         table.add_row(
             "index", f"{facts['ntotal']:,} vectors in {facts['segments']} segment(s); {rows_text(facts['rows'])}"
         )

@@ -147,7 +147,8 @@ def _update(
     listing = _listing(sources, entries, chosen.append)
     objects = count_objects(entries, listing.objects)
     if not chosen.deletes and not chosen.fresh and listing.objects == [entry.obj for entry in entries]:
-        return UpdateResult(parent, False, objects, _no_changes(parent), 0, shown.stages, chosen.dry_run)
+        cost = _cost(parent, 0) if chosen.dry_run else None
+        return UpdateResult(parent, False, objects, _no_changes(parent), 0, shown.stages, chosen.dry_run, cost)
     spec = configured_model(config.encode)
     Chunker(config.chunk, spec).setup()
     settings = config.semantic("read", "clean", "chunk", "encode") | plugin_fingerprints(config.clean)

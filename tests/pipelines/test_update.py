@@ -11,6 +11,7 @@ from operators.errors import ConfigError, FingerprintError, SourceError
 from operators.sources.readers import PieceReader
 from operators.storage.store import open_store
 from pipelines import update as update_module
+from pipelines.cli_update_output import show_update, update_facts
 from pipelines.compact import compact
 from pipelines.rollback import rollback
 from pipelines.verify import verify
@@ -134,6 +135,16 @@ def test_a_dry_run_writes_nothing_and_says_what_an_update_then_does(site: Site) 
     assert done.changes == {
         "added": 2, "edited": 1, "deleted": 2, "revived": 0, "unchanged": 21, "texts_to_encode": 3
     }  # fmt: skip
+
+
+def test_a_dry_run_with_nothing_changed_says_that_it_would_cost_nothing(
+    site: Site, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = site.update(dry_run=True)
+    assert said.cost is not None
+    assert (said.cost["tokens"], said.cost["size_bytes"]) == (0, 0)
+    show_update(update_facts(said, "root"))
+    assert "would encode" in capsys.readouterr().out
 
 
 def test_settings_that_differ_from_the_version_s_are_refused_by_name(site: Site) -> None:
