@@ -19,7 +19,20 @@ from pipelines import cli
 from pipelines.cli_output import bytes_text, rows_text, show_results, show_verification
 from pipelines.search import Query, read_queries, write_results
 
-COMMANDS = ("build", "search", "eval", "info", "verify", "history", "rollback", "gc", "update", "compact", "drift", "demo")
+COMMANDS = (
+    "build",
+    "search",
+    "eval",
+    "info",
+    "verify",
+    "history",
+    "rollback",
+    "gc",
+    "update",
+    "compact",
+    "drift",
+    "demo",
+)
 
 
 def _run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
