@@ -37,7 +37,8 @@ from operators.artifact.index import Index
 from operators.encoding.encode_config import resolve_precision
 from operators.errors import IntegrityError
 from operators.storage.store import open_store
-from pipelines import build as build_module
+from pipelines import run_context
+from pipelines.build import build
 from pipelines.config import RunConfig, load_config
 from pipelines.progress import RunProgress
 
@@ -81,7 +82,7 @@ def clocked_ray() -> Iterator[RayTimes]:
             began = time.monotonic()
         times.stop_s = time.monotonic() - began
 
-    with mock.patch.object(build_module, "connect", timed):
+    with mock.patch.object(run_context, "connect", timed):
         yield times
 
 
@@ -117,7 +118,7 @@ def run_build(source: str, root: Path, config: RunConfig) -> BuildRun:
     progress = StageClock()
     with clocked_encoders(), clocked_ray() as ray_times:
         began = time.monotonic()
-        result = build_module.build([source], str(root), config, progress=progress)
+        result = build([source], str(root), config, progress=progress)
         whole_s = time.monotonic() - began
     encoders = take_times(root)
     start = progress.began[ENCODE_STAGE]

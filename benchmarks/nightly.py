@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,10 @@ from operators.errors import IntegrityError
 from operators.piece_store import read_table
 from operators.storage.checked import ObjectEntry
 from operators.storage.store import open_store
-from pipelines import build as build_module
-from pipelines import update as update_module
+from pipelines import publication
+from pipelines.build import build
 from pipelines.config import load_config
+from pipelines.update import update
 from pipelines.verify import verify
 
 FLOORS = {"encoded_ratio": 1.0, "time_ratio": 0.10, "bytes_written_ratio": 0.03}
@@ -86,21 +87,20 @@ def size_of(folder: str) -> int:
 def run_command(command: str, source: str, root: str, assignments: Sequence[str]) -> dict[str, Any]:
     """What the measured process does: a build or an update, with the bytes that lie at the root before it is tidied up."""
     written = {"before": size_of(root) if os.path.exists(root) else 0, "most": 0}
-    module: Any = build_module if command == "build" else update_module
-    tidy: Callable[..., None] = module.tidy_up
+    tidy = publication.tidy_up
 
     def measured_tidy(*arguments: Any) -> None:
         written["most"] = size_of(root)
         tidy(*arguments)
 
-    module.tidy_up = measured_tidy
+    publication.tidy_up = measured_tidy  # type: ignore[assignment]
     started = time.monotonic()
     facts: dict[str, Any] = {}
     if command == "build":
-        built = build_module.build([source], root, load_config(None, assignments))
+        built = build([source], root, load_config(None, assignments))
         seconds = built.seconds
     else:
-        done = update_module.update([source], root, lambda base: load_config(None, assignments, base=base))
+        done = update([source], root, lambda base: load_config(None, assignments, base=base))
         seconds = done.seconds
         facts = {
             "published": done.published,

@@ -51,6 +51,13 @@ class Session:
     in_process: bool = False  # no Ray: see cluster/in_process.py
 
 
+def is_in_process(config: ClusterConfig, is_small: bool) -> bool:
+    """Whether work is done without Ray: as `cluster.where` says; auto: what is small, unless a cluster is named."""
+    if config.where == "auto":
+        return is_small and not (config.address or os.environ.get("RAY_ADDRESS"))
+    return config.where == "process"
+
+
 @contextmanager
 def connect(config: ClusterConfig) -> Iterator[Session]:
     """A session for the duration of the block: of Ray, unless `cluster.where` is `process`.

@@ -10,36 +10,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from cluster.preflight import check_environment
-from cluster.session import Session, connect
-from operators.artifact.manifest import (
-    Manifest,
-    fence_current,
-    open_published,
-    publish,
-    write_manifest,
-)
-from operators.crash_points import crash_point
-from operators.encoding.model_folder import ModelSpec
+from operators.artifact.manifest import Manifest, fence_current, open_published
 from operators.errors import ConfigError
 from operators.fingerprint import index_fingerprint
 from operators.settings import differing_fields
 from operators.storage.fencing import Epoch, take_epoch
 from operators.storage.store import Store, open_store
 from pipelines import index_stages
-from pipelines.build import BuildContext, epoch_watch, finish_published, tidy_up
 from pipelines.compact_candidate import KIND, build_compacted
 from pipelines.config import RunConfig, config_of_version
 from pipelines.gate import gate
 from pipelines.index_build import exact_key, verify_candidate
 from pipelines.index_stages import Threads
 from pipelines.progress import RunProgress
+from pipelines.publication import finish_published, publish_version
+from pipelines.run_context import RunContext, epoch_watch, open_session
 from pipelines.runs import Run, begin_or_resume, check_run_kept, discard_run, told_as_lost, unfinished_runs
 from pipelines.update_quality import measured
 
@@ -87,20 +77,15 @@ def compact(
             return CompactResult(parent, parent, True, shown.stages)
         _check(parent, config, retrain)
         run, epoch, tag = _begin(store, parent, digest, config, retrain, fresh)
-        with told_as_lost(store, epoch, tag), _session(config, parent.ntotal, shown) as session:
-            # Nothing is encoded, so no model is needed.
-            no_model = cast(ModelSpec, None)
-            context = BuildContext(store, config, no_model, run, epoch, session, shown, {}, epoch_watch(store, epoch))
+        is_small = parent.ntotal <= IN_PROCESS_ROWS
+        with told_as_lost(store, epoch, tag), open_session(config.cluster, shown, is_small=is_small) as session:
+            context = RunContext(store, config, run, epoch, session, shown, epoch_watch(store, epoch))
             candidate = build_compacted(context, parent, retrain)
             candidate = _measured(context, parent, candidate, retrain)
             candidate = dataclasses.replace(candidate, reports={**parent.reports, "seconds": dict(shown.stages)})
             least = min_recall if min_recall is not None else config.index.min_recall if retrain else 0.0
             gate(store, candidate, parent.quality["recall@10"], least)
-            shown.stage("publish")
-            crash_point("manifest.before")
-            epoch.check(store)
-            publish(store, candidate, write_manifest(store, candidate), epoch, tag)
-            tidy_up(store, run, candidate)
+            publish_version(context, candidate, tag)
         return CompactResult(candidate, parent, True, shown.stages)
 
 
@@ -145,19 +130,7 @@ def _begin(
     return run, epoch, tag
 
 
-@contextmanager
-def _session(config: RunConfig, num_rows: int, shown: RunProgress) -> Iterator[Session]:
-    """Ray for many rows or where the settings ask for it, else this process."""
-    cluster = config.cluster
-    joins = bool(cluster.address or os.environ.get("RAY_ADDRESS"))
-    here = cluster.where == "process" or (cluster.where == "auto" and num_rows <= IN_PROCESS_ROWS and not joins)
-    if not here:
-        shown.stage("start Ray")
-    with connect(dataclasses.replace(cluster, where="process" if here else "ray")) as session:
-        yield session
-
-
-def _measured(context: BuildContext, parent: Manifest, candidate: Manifest, retrain: bool) -> Manifest:
+def _measured(context: RunContext, parent: Manifest, candidate: Manifest, retrain: bool) -> Manifest:
     """The candidate, verified, with its quality: at the parent's operating point, or with `retrain` at one measured anew.
 
     Either says of how many rows the quantizer was trained (`trained_rows`): growth since then is what `drift` looks at.

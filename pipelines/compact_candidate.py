@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
@@ -27,15 +26,15 @@ from operators.merger import check_inputs, open_runs, split_lists
 from operators.settings import digest_of
 from operators.storage.commits import CommitRecord
 from pipelines import compact_stages, index_stages
-from pipelines.build import BuildContext
 from pipelines.compact_stages import Input, ListsOfPart, bare
 from pipelines.index_stages import Threads
+from pipelines.run_context import RunContext
 
 KIND = "compact"
 NUM_THREADS = 16
 
 
-def build_compacted(context: BuildContext, parent: Manifest, retrain: bool) -> Manifest:
+def build_compacted(context: RunContext, parent: Manifest, retrain: bool) -> Manifest:
     """Manifest of a version of one segment, its objects written, not verified or measured yet."""
     store, config = context.store, context.config
     made_from = digest_of(context.run.fingerprint)
@@ -72,11 +71,8 @@ def build_compacted(context: BuildContext, parent: Manifest, retrain: bool) -> M
     tables = [ledger.objects[f"documents-{number:05d}"] for number in range(len(ledger.facts["num_rows"]))]
     manifest = dataclasses.replace(
         merged,
-        version=f"v{context.epoch.number:06d}",
+        **context.identity,
         parent=parent.version,
-        run_id=context.run.run_id,
-        epoch=context.epoch.number,
-        created_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         kind=KIND,
         changes={},
         sources={**parent.sources, "listing": ledger.objects["listing"].to_json()},
@@ -86,12 +82,13 @@ def build_compacted(context: BuildContext, parent: Manifest, retrain: bool) -> M
             for count, table in zip(ledger.facts["num_rows"], tables, strict=True)
         ],
         amended=None,
+        exact=None,  # of row ids that are others now
     )
     return dataclasses.replace(manifest, content_digest=compute_content_digest(manifest))
 
 
 def _merged(
-    context: BuildContext,
+    context: RunContext,
     version: Manifest,
     inputs: Sequence[Input],
     segments: Sequence[Segment] | None,
@@ -129,12 +126,13 @@ def _merged(
 
 def _lists_of(each: Input) -> tuple[int, int]:
     """The lists [first, end) that a part or run covers."""
-    facts = dataclasses.asdict(each) if isinstance(each, PartRef) else each.facts
-    return facts["first_list"], facts["first_list"] + facts["num_lists"]
+    if isinstance(each, PartRef):
+        return each.first_list, each.first_list + each.num_lists
+    return each.facts["first_list"], each.facts["first_list"] + each.facts["num_lists"]
 
 
 def _part_ranges(
-    context: BuildContext, version: Manifest, inputs: Sequence[Input], segments: Sequence[Segment] | None
+    context: RunContext, version: Manifest, inputs: Sequence[Input], segments: Sequence[Segment] | None
 ) -> list[tuple[int, int]]:
     """Contiguous ranges of lists of about `index.part_bytes` each, by entries times their mean size in the old version.
 
@@ -156,7 +154,7 @@ def _part_ranges(
 
 
 def _waves(
-    context: BuildContext,
+    context: RunContext,
     version: Manifest,
     inputs: Sequence[Input],
     segments: Sequence[Segment] | None,
@@ -187,7 +185,7 @@ def _waves(
 
 
 def _requantized(
-    context: BuildContext, parent: Manifest, sizes: IndexSizes, made_from: str
+    context: RunContext, parent: Manifest, sizes: IndexSizes, made_from: str
 ) -> tuple[CommitRecord, list[CommitRecord]]:
     """Records of a quantizer trained on the live rows, and of shards of all of them made with it."""
     store, config, shown = context.store, context.config, context.progress
@@ -218,7 +216,7 @@ def _requantized(
     return trained, shards
 
 
-def _row_groups(context: BuildContext, parent: Manifest) -> list[list[ListsOfPart]]:
+def _row_groups(context: RunContext, parent: Manifest) -> list[list[ListsOfPart]]:
     """Consecutive lists of the parts of all segments, of at most `index.shard_rows` rows together (or one longer list)."""
     limit = context.config.index.shard_rows
     refs = [ref for segment in parent.segments for ref in segment.parts]
@@ -240,7 +238,7 @@ def _row_groups(context: BuildContext, parent: Manifest) -> list[list[ListsOfPar
 
 
 def _check_kept(
-    context: BuildContext, parent: Manifest, parts: Sequence[PartRef], expected: int, *, with_codes: bool
+    context: RunContext, parent: Manifest, parts: Sequence[PartRef], expected: int, *, with_codes: bool
 ) -> None:
     """Raise IntegrityError unless the written parts hold what was live, every row under its new id."""
     context.progress.stage("compare with parent", total=len(parts))

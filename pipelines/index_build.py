@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
 from collections import Counter
 from collections.abc import Sequence
 from importlib.metadata import version as package_version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -25,16 +24,15 @@ from operators.shard_builder import PieceOfShard
 from operators.sources.listing import Listing
 from operators.storage.commits import CommitRecord, new_attempt
 from pipelines import index_stages
+from pipelines.encode_pieces import sum_counts
 from pipelines.index_stages import Threads
-
-if TYPE_CHECKING:
-    from pipelines.build import BuildContext
+from pipelines.run_context import RunContext
 
 TABLE_DOCUMENTS = 1_000_000  # of one table of the ledger: tables are written in parallel
 
 
 def build_candidate(
-    context: BuildContext, listing: Listing, sources: list[str], pieces: list[CommitRecord], current: Manifest | None
+    context: RunContext, listing: Listing, sources: list[str], pieces: list[CommitRecord], current: Manifest | None
 ) -> Manifest:
     """Manifest of a version that has been read back and measured, not published yet."""
     store, config, progress = context.store, context.config, context.progress
@@ -45,7 +43,7 @@ def build_candidate(
     if ntotal == 0:
         raise SourceError(
             f"the corpus must hold at least one usable text, found none in {sum(p.facts['num_rows_read'] for p in pieces)} rows:"
-            f" rejected {_sum(pieces, 'rejected')}, dropped {_sum(pieces, 'dropped')}"
+            f" rejected {sum_counts(pieces, 'rejected')}, dropped {sum_counts(pieces, 'dropped')}"
         )
     sizes = resolve_sizes(config.index, ntotal, d)
     # Everything downstream is keyed by what it is made from, so work of other settings can never be mistaken for it.
@@ -85,7 +83,7 @@ def _members(group: list[PieceOfShard]) -> list[Any]:
 
 
 def _train(
-    context: BuildContext, groups: list[list[PieceOfShard]], sizes: IndexSizes, ntotal: int, corpus: str
+    context: RunContext, groups: list[list[PieceOfShard]], sizes: IndexSizes, ntotal: int, corpus: str
 ) -> tuple[CommitRecord, list[CommitRecord]]:
     """Records of the trained quantizer and of the samples drawn for it and for measuring."""
     config, store = context.config, context.store
@@ -106,7 +104,7 @@ def _train(
 
 
 def build_shards(
-    context: BuildContext, groups: list[list[PieceOfShard]], trained: CommitRecord, corpus: str
+    context: RunContext, groups: list[list[PieceOfShard]], trained: CommitRecord, corpus: str
 ) -> list[CommitRecord]:
     threads = Threads(context.config.encode.threads_per_worker)
     context.progress.stage("build shards", total=len(groups))
@@ -122,7 +120,7 @@ def build_shards(
 
 
 def merge_parts(
-    context: BuildContext,
+    context: RunContext,
     shards: list[CommitRecord],
     trained: CommitRecord,
     pieces: list[CommitRecord],
@@ -172,7 +170,7 @@ def merge_parts(
 
 
 def part_ranges(
-    context: BuildContext, runs: list[CommitRecord], digest: str, pieces: list[CommitRecord]
+    context: RunContext, runs: list[CommitRecord], digest: str, pieces: list[CommitRecord]
 ) -> list[tuple[int, int]]:
     """Contiguous ranges of lists of about `index.part_bytes` each.
 
@@ -191,7 +189,7 @@ def part_ranges(
 
 
 def _small_objects(
-    context: BuildContext,
+    context: RunContext,
     listing: Listing,
     pieces: list[CommitRecord],
     row_ids: RowIds,
@@ -242,7 +240,7 @@ def ledger_groups(pieces: Sequence[CommitRecord]) -> list[list[int]]:
 
 
 def _manifest(
-    context: BuildContext,
+    context: RunContext,
     sources: list[str],
     listing: Listing,
     pieces: list[CommitRecord],
@@ -253,8 +251,6 @@ def _manifest(
     segment: Segment,
     current: Manifest | None,
 ) -> Manifest:
-    from pipelines.build import listing_digest
-
     quantizer = trained.objects["quantizer"]
     # Which of the documents did not fit in one sequence: they are in windows, or truncated (chunk.mode).
     lengths = {
@@ -266,11 +262,8 @@ def _manifest(
         **{outcome: _left_out(pieces, row_ids, outcome) for outcome in ("rejected", "dropped")},
     }
     manifest = Manifest(
-        version=f"v{context.epoch.number:06d}",
+        **context.identity,
         parent=current.version if current else None,
-        run_id=context.run.run_id,
-        epoch=context.epoch.number,
-        created_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         config=json.loads(json.dumps(context.config.to_json())),
         fingerprint=json.loads(json.dumps(context.fingerprint)),
         model={
@@ -295,7 +288,7 @@ def _manifest(
         rows=rows,
         sources={
             "arguments": sources,
-            "digest": listing_digest(listing),
+            "digest": listing.digest,
             "num_objects": len(listing.objects),
             "size_bytes": sum(o.size_bytes for o in listing.objects),
             "ignored": len(listing.ignored),
@@ -314,7 +307,7 @@ def _manifest(
     return dataclasses.replace(manifest, content_digest=compute_content_digest(manifest))
 
 
-def verify_candidate(context: BuildContext, manifest: Manifest, segments: Sequence[Segment]) -> None:
+def verify_candidate(context: RunContext, manifest: Manifest, segments: Sequence[Segment]) -> None:
     """Read everything that is new back before it can be published. Raises IntegrityError with all that is wrong.
 
     segments: those whose parts are new; the others were verified when their version was published.
@@ -331,7 +324,7 @@ def verify_candidate(context: BuildContext, manifest: Manifest, segments: Sequen
         raise IntegrityError(f"the candidate is not what it should be, nothing was published: {'; '.join(problems)}")
 
 
-def _measure(context: BuildContext, manifest: Manifest) -> tuple[dict[str, Any], dict[str, Any]]:
+def _measure(context: RunContext, manifest: Manifest) -> tuple[dict[str, Any], dict[str, Any]]:
     config = context.config
     threads = Threads(config.encode.threads_per_worker)
     context.progress.stage("measure recall", total=1)
@@ -354,10 +347,4 @@ def exact_key(manifest: Manifest) -> str:
 
 def _left_out(pieces: Sequence[CommitRecord], row_ids: RowIds, outcome: str) -> dict[str, int]:
     """Rows rejected or dropped by reason: in the pieces, and as duplicates across them (which have reasons of their own)."""
-    return dict(sorted((_sum(pieces, outcome) | row_ids.duplicates.counts(outcome)).items()))
-
-
-def _sum(pieces: Sequence[CommitRecord], outcome: str) -> dict[str, int]:
-    from pipelines.build import sum_counts
-
-    return sum_counts(pieces, outcome)
+    return dict(sorted((sum_counts(pieces, outcome) | row_ids.duplicates.counts(outcome)).items()))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from operators.artifact.manifest import check_current
-from operators.errors import FencedError, FingerprintError, IntegrityError, VectormillError
+from operators.errors import ConfigError, FencedError, FingerprintError, IntegrityError, VectormillError
 from operators.settings import differing_fields
 from operators.storage.commits import seal, unseal
 from operators.storage.fencing import Epoch
@@ -121,6 +121,17 @@ def _why_lost(store: Store, epoch: Epoch, tag: str | None) -> FencedError | None
     except Exception:  # the storage fails: the error that is on its way says that
         return None
     return None
+
+
+@contextmanager
+def forgotten_if_refused(store: Store, run: Run) -> Iterator[None]:
+    """A run that is refused for its settings before it has done anything is no unfinished work: mended ones differ."""
+    try:
+        yield
+    except ConfigError:
+        if not run.resumed and not store.list_keys(f"{run.prefix}/pieces"):
+            store.delete_tree(run.prefix)
+        raise
 
 
 def discard_unpublished(store: Store, run: Run, epoch: Epoch) -> None:

@@ -9,7 +9,6 @@ Every step commits its units; running update again does only what is missing.
 from __future__ import annotations
 
 import dataclasses
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,39 +18,31 @@ from typing import Any
 import numpy as np
 
 from cluster.preflight import check_environment
-from cluster.session import Session, connect
-from operators.artifact.manifest import Manifest, fence_current, open_published, publish, write_manifest
+from cluster.session import Session
+from operators.artifact.manifest import Manifest, fence_current, open_published
 from operators.chunker import Chunker
-from operators.cleaner import plugin_fingerprints
-from operators.crash_points import crash_point
 from operators.documents import SourceEntry, document_hash, read_sources
 from operators.encoding.encode_config import configured_model
 from operators.errors import ConfigError, FingerprintError, QualityError, SourceError
-from operators.fingerprint import index_fingerprint, piece_fingerprint
 from operators.settings import differing_fields
 from operators.sources.listing import Listing, SourceObject, list_sources
 from operators.storage.fencing import Epoch, take_epoch
 from operators.storage.store import Store, open_store
-from pipelines.build import (
-    BuildContext,
-    epoch_watch,
-    finish_published,
-    forgotten_if_refused,
-    listing_digest,
-    refuse_root_among_sources,
-    tidy_up,
-)
+from pipelines.build import refuse_root_among_sources
 from pipelines.compact import compact
 from pipelines.config import RunConfig, config_of_version
 from pipelines.drift import drift
 from pipelines.gate import gate
 from pipelines.progress import RunProgress
+from pipelines.publication import finish_published, publish_version
+from pipelines.run_context import RunContext, epoch_watch, fingerprints, open_session
 from pipelines.runs import (
     Run,
     begin_or_resume,
     check_run_kept,
     discard_unfinished,
     discard_unpublished,
+    forgotten_if_refused,
     told_as_lost,
 )
 from pipelines.update_candidate import build_update
@@ -151,10 +142,7 @@ def _update(
         return UpdateResult(parent, False, objects, _no_changes(parent), 0, shown.stages, chosen.dry_run, cost)
     spec = configured_model(config.encode)
     Chunker(config.chunk, spec).setup()
-    settings = config.semantic("read", "clean", "chunk", "encode") | plugin_fingerprints(config.clean)
-    numbering = {"clean.duplicates": settings.pop("clean.duplicates")}
-    pieces_of = piece_fingerprint(settings, spec.fingerprint)
-    fingerprint = index_fingerprint(pieces_of, config.semantic("index") | numbering)
+    pieces_of, fingerprint = fingerprints(config, spec)
     _check_fingerprint(parent, fingerprint)
     with ExitStack() as stack:
         if chosen.dry_run:
@@ -167,7 +155,7 @@ def _update(
             watch = epoch_watch(store, epoch)
             stack.enter_context(told_as_lost(store, epoch, tag))
             stack.enter_context(forgotten_if_refused(store, run))
-        context = BuildContext(scratch, config, spec, run, epoch, _nowhere(), shown, fingerprint, watch)
+        context = RunContext(scratch, config, run, epoch, Session(0, 0, 0), shown, watch, spec, fingerprint)
         scanned_bytes = _bytes_to_scan(entries, listing.objects)
         with _session(context, scanned_bytes <= IN_PROCESS_BYTES, chosen.dry_run):
             plan = plan_update(context, store, parent, entries, listing.objects, _deletes(chosen.deletes or ()))
@@ -188,12 +176,7 @@ def _update(
             candidate = found.candidate
         given = found.recall if chosen.queries else None
         gate(store, candidate, found.parent_recall, chosen.min_recall, given)
-        shown.stage("publish")
-        crash_point("manifest.before")
-        epoch.check(store)
-        digest = write_manifest(store, candidate)
-        publish(store, candidate, digest, epoch, tag)
-        tidy_up(store, run, candidate)
+        publish_version(context, candidate, tag)
     return UpdateResult(candidate, True, objects, changes, encoded.num_texts, shown.stages)
 
 
@@ -239,27 +222,14 @@ def _no_watch() -> None:
     """A dry run has taken nothing that another run could take from it."""
 
 
-def _nowhere() -> Session:
-    return Session(0, 0, 0)
-
-
 @contextmanager
-def _session(context: BuildContext, is_small: bool, dry_run: bool = False) -> Iterator[None]:
-    """Ray for large work or where the settings ask for it, else this process; `context.session` says which.
-
-    A dry run stays here: other machines cannot write to its scratch folder.
-    """
+def _session(context: RunContext, is_small: bool, dry_run: bool = False) -> Iterator[None]:
+    """Give the context its session for the block. A dry run stays here: other machines cannot write to its scratch folder."""
     if dry_run:
-        context.session = dataclasses.replace(_nowhere(), in_process=True)
+        context.session = Session(0, 0, 0, in_process=True)
         yield
         return
-    cluster = context.config.cluster
-    joins = bool(cluster.address or os.environ.get("RAY_ADDRESS"))
-    here = cluster.where == "process" or (cluster.where == "auto" and is_small and not joins)
-    if not here:
-        context.progress.stage("start Ray")
-    with connect(dataclasses.replace(cluster, where="process" if here else "ray")) as session:
-        context.session = session
+    with open_session(context.config.cluster, context.progress, is_small=is_small) as context.session:
         yield
 
 
@@ -350,7 +320,7 @@ def _no_changes(parent: Manifest) -> dict[str, int]:
 def _sources_facts(sources: Sequence[str], listing: Listing, append: bool, parent: Manifest) -> dict[str, Any]:
     return {
         "arguments": [*parent.sources["arguments"], *sources] if append else list(sources),
-        "digest": listing_digest(listing),
+        "digest": listing.digest,
         "num_objects": len(listing.objects),
         "size_bytes": sum(obj.size_bytes for obj in listing.objects),
         "ignored": len(listing.ignored),

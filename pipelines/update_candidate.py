@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -37,10 +36,8 @@ from operators.storage.checked import ObjectEntry
 from operators.storage.commits import CommitRecord, new_attempt
 from operators.storage.store import Store
 from pipelines.index_build import build_shards, group_pieces, merge_parts
+from pipelines.run_context import RunContext
 from pipelines.update_plan import Encoded, UpdatePlan
-
-if TYPE_CHECKING:
-    from pipelines.build import BuildContext
 
 _DESCRIBED = pa.schema([("source", pa.string()), ("row", pa.int64()), ("doc_id", pa.string())])
 # Reasons that are found anew in every version; all others stay as long as their object does.
@@ -48,7 +45,7 @@ RECOUNTED = ("duplicate_id", "duplicate_text", "deleted_by_request")
 
 
 def build_update(
-    context: BuildContext,
+    context: RunContext,
     parent: Manifest,
     plan: UpdatePlan,
     encoded: Encoded,
@@ -81,11 +78,8 @@ def build_update(
     }
     candidate = dataclasses.replace(
         parent,
-        version=f"v{context.epoch.number:06d}",
+        **context.identity,
         parent=parent.version,
-        run_id=context.run.run_id,
-        epoch=context.epoch.number,
-        created_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         config=json.loads(json.dumps(context.config.to_json())),
         fingerprint=json.loads(json.dumps(context.fingerprint)),
         model=_model(context, parent, encoded),
@@ -104,7 +98,7 @@ def build_update(
     return dataclasses.replace(candidate, content_digest=compute_content_digest(candidate)), new
 
 
-def _delta(context: BuildContext, parent: Manifest, encoded: Encoded, name: str, digest: str) -> list[Segment]:
+def _delta(context: RunContext, parent: Manifest, encoded: Encoded, name: str, digest: str) -> list[Segment]:
     """The segment of what was encoded, with the parent's quantizer."""
     num_rows = sum(encoded.counts)
     if not num_rows:
@@ -202,7 +196,7 @@ def _used_tables(num_rows: Sequence[int], entries: Sequence[SourceEntry]) -> lis
     return (np.cumsum(touched[:-1]) > 0).tolist()
 
 
-def _rejects(context: BuildContext, parent: Manifest, plan: UpdatePlan) -> pa.Table:
+def _rejects(context: RunContext, parent: Manifest, plan: UpdatePlan) -> pa.Table:
     """Every row of the corpus that was left out, and why: schemas.REJECTS."""
     store = context.store
     unchanged = [obj.source for obj, is_scanned in zip(plan.objects, plan.scanned, strict=True) if not is_scanned]
@@ -252,7 +246,7 @@ def _parent_states(plan: UpdatePlan) -> np.ndarray:
     return states
 
 
-def _described(context: BuildContext, parent: Manifest, plan: UpdatePlan, place_F: Ints) -> pa.Table:
+def _described(context: RunContext, parent: Manifest, plan: UpdatePlan, place_F: Ints) -> pa.Table:
     """source, row and doc_id of the documents at these places."""
     if not len(place_F):
         return _DESCRIBED.empty_table()
@@ -278,7 +272,7 @@ def _reasons(rejects: pa.Table, outcome: str) -> dict[str, int]:
     return dict(sorted(Counter(chosen.column("reason").to_pylist()).items()))
 
 
-def _model(context: BuildContext, parent: Manifest, encoded: Encoded) -> dict[str, Any]:
+def _model(context: RunContext, parent: Manifest, encoded: Encoded) -> dict[str, Any]:
     """As the parent says, with what was encoded now."""
     facts = [record.facts for record in encoded.pieces]
     model = {**parent.model, "given_as": context.config.encode.model}

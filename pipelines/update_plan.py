@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -50,11 +49,9 @@ from operators.storage.checked import ObjectEntry
 from operators.storage.commits import CommitRecord
 from operators.storage.store import Store
 from pipelines import update_stages
-from pipelines.build import MAX_LISTED_FAILURES, check_rejected_share, plan_corpus, stream, stream_job
+from pipelines.encode_pieces import MAX_LISTED_FAILURES, check_rejected_share, plan_corpus, stream, stream_job
+from pipelines.run_context import RunContext
 from pipelines.update_stages import SCANNED, Wanted
-
-if TYPE_CHECKING:
-    from pipelines.build import BuildContext
 
 READ_THREADS = 16
 TAKE_PIECES = 16  # are read again by one task, however few documents are wanted of each
@@ -117,7 +114,7 @@ class UpdatePlan:
 
 
 def plan_update(
-    context: BuildContext,
+    context: RunContext,
     store: Store,
     parent: Manifest,
     entries: Sequence[SourceEntry],
@@ -187,7 +184,7 @@ def plan_update(
     return plan
 
 
-def _check_rejects(context: BuildContext, scan: Scan, num_rows_read: int) -> None:
+def _check_rejects(context: RunContext, scan: Scan, num_rows_read: int) -> None:
     reasons: Counter[str] = Counter()
     for table in scan.rejects(context.store):
         bad = table.filter(pc.equal(table.column("outcome"), "rejected"))
@@ -196,7 +193,7 @@ def _check_rejects(context: BuildContext, scan: Scan, num_rows_read: int) -> Non
     check_rejected_share(context, dict(reasons), num_rows_read, where)
 
 
-def _scan(context: BuildContext, objects: Sequence[SourceObject]) -> Scan:
+def _scan(context: RunContext, objects: Sequence[SourceObject]) -> Scan:
     pieces, unreadable = plan_corpus(context, objects) if objects else ([], [])
     if unreadable:
         shown = "; ".join(sorted(unreadable)[:MAX_LISTED_FAILURES])
@@ -244,7 +241,7 @@ class Encoded:
     next_row_id: int
 
 
-def encode_changes(context: BuildContext, parent: Manifest, plan: UpdatePlan) -> Encoded:
+def encode_changes(context: RunContext, parent: Manifest, plan: UpdatePlan) -> Encoded:
     """Encode the documents that have no rows, and give them some, from where the parent's end.
 
     A document without a token may have kept out another of its id: then that is encoded too, in a further round.
@@ -282,11 +279,11 @@ def encode_changes(context: BuildContext, parent: Manifest, plan: UpdatePlan) ->
             break
         spread_no_tokens(ledger, ledger.text_hash_N2[without])
         assert (ledger.state_N[without] == NO_TOKENS).all()
-        _decide_again(plan, parent, done)
+        _decide_again(plan, done)
     return done
 
 
-def _decide_again(plan: UpdatePlan, parent: Manifest, done: Encoded) -> None:
+def _decide_again(plan: UpdatePlan, done: Encoded) -> None:
     """Winners again, where rows beyond the parent's are those of what was just encoded."""
     live = plan.parent_live_R
     plan.parent_live_R = np.concatenate([live, np.zeros(done.next_row_id - len(live), bool)])
@@ -299,7 +296,7 @@ def _hashes(doc_ids: Sequence[str]) -> Hashes:
     return np.frombuffer(b"".join(map(document_hash, doc_ids)), "<u8").reshape(-1, 2)
 
 
-def _wanted(context: BuildContext, parent: Manifest, plan: UpdatePlan) -> list[Wanted]:
+def _wanted(context: RunContext, parent: Manifest, plan: UpdatePlan) -> list[Wanted]:
     """For each piece that holds documents to encode, the rows of them; in corpus order."""
     places = plan.changes.to_encode_E
     found: list[tuple[int, int, Wanted]] = []  # object, piece within it, wanted
@@ -332,7 +329,7 @@ def _wanted(context: BuildContext, parent: Manifest, plan: UpdatePlan) -> list[W
     return [wanted for _, _, wanted in found]
 
 
-def _take(context: BuildContext, wanted: Sequence[Wanted], expected: int) -> list[Piece]:
+def _take(context: RunContext, wanted: Sequence[Wanted], expected: int) -> list[Piece]:
     """Pieces for the streaming job that hold the wanted documents and no others."""
     job = stream_job(context)
     groups: list[list[Wanted] | Piece] = []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -17,10 +16,8 @@ from operators.storage.checked import ObjectEntry
 from pipelines import update_stages
 from pipelines.index_build import exact_key, verify_candidate
 from pipelines.index_stages import Threads
+from pipelines.run_context import RunContext
 from pipelines.search import encode_queries
-
-if TYPE_CHECKING:
-    from pipelines.build import BuildContext
 
 
 @dataclass(frozen=True)
@@ -33,7 +30,7 @@ class Measured:
 
 
 def measured(
-    context: BuildContext, parent: Manifest, candidate: Manifest, new: Sequence[Segment], queries: Sequence[str]
+    context: RunContext, parent: Manifest, candidate: Manifest, new: Sequence[Segment], queries: Sequence[str]
 ) -> Measured:
     """Verify what is new, and measure recall on the stored query sample.
 
@@ -67,7 +64,7 @@ def measured(
 
 
 def _recall(
-    context: BuildContext, manifest: Manifest, queries_Qd: npt.NDArray[np.float32], parent: Manifest | None
+    context: RunContext, manifest: Manifest, queries_Qd: npt.NDArray[np.float32], parent: Manifest | None
 ) -> tuple[float, ExactNeighbours]:
     threads = Threads(context.config.encode.threads_per_worker)
     call = (context.store.url, manifest, queries_Qd, parent, threads)

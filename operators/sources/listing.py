@@ -12,6 +12,7 @@ from typing import Any, Literal
 from fsspec.core import has_magic
 
 from operators.errors import ConfigError, SourceError
+from operators.settings import digest_of
 from operators.sources.failures import READ_FAILURES
 from operators.storage.filesystem import etag_of, filesystem_for, is_local
 
@@ -60,6 +61,11 @@ class Listing:
 
     objects: list[SourceObject]
     ignored: list[str]
+
+    @property
+    def digest(self) -> str:
+        """Of which objects, in which state, make up the corpus."""
+        return digest_of([[o.uri, o.source, o.etag, o.size_bytes] for o in self.objects])
 
 
 def format_of(name: str) -> tuple[Format, Compression | None] | None:

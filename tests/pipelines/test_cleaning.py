@@ -13,7 +13,7 @@ from operators.piece_store import read_table
 from operators.storage.checked import ObjectEntry
 from operators.storage.store import open_store
 from pipelines import build as build_module
-from pipelines.build import BuildContext
+from pipelines.run_context import RunContext
 from pipelines.search import search
 from tests.pipelines.build_corpus import build_json
 from tests.pipelines.one_process import build_in_one_process
@@ -137,7 +137,7 @@ def test_pieces_are_kept_when_only_the_treatment_of_equal_texts_changes(
     root = str(tmp_path / "root")
     settings = [setting for setting in SETTINGS if not setting.startswith("clean.duplicates")]
 
-    def stopped(context: BuildContext, *_: Any) -> Manifest:
+    def stopped(context: RunContext, *_: Any) -> Manifest:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

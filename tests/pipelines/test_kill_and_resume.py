@@ -15,7 +15,7 @@ from operators.artifact.manifest import open_current, read_current
 from operators.errors import FencedError
 from operators.storage.fencing import take_epoch
 from operators.storage.store import Store, open_store
-from pipelines import build as build_module
+from pipelines import publication
 from pipelines.demo_corpus import collect_documents
 from tests.pipelines.build_corpus import build_arguments, build_json, run_cli, write_corpus
 from tests.pipelines.one_process import build_in_one_process
@@ -162,13 +162,13 @@ def test_a_build_that_lost_its_epoch_cannot_publish(
     corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = open_store(str(tmp_path / "root"))
-    honest = build_module.write_manifest
+    honest = publication.write_manifest
 
     def overtaken(*args: Any) -> str:
         take_epoch(store, "another-run")
         return honest(*args)
 
-    monkeypatch.setattr(build_module, "write_manifest", overtaken)
+    monkeypatch.setattr(publication, "write_manifest", overtaken)
     with pytest.raises(FencedError, match="run another-run .* took it over; nothing was published"):
         build_in_one_process(monkeypatch, [corpus], str(tmp_path / "root"))
     assert read_current(store) is None
