@@ -37,16 +37,6 @@ def open_runs(
     return readers
 
 
-def check_inputs(runs: Sequence[CommitRecord], expected_inputs: Sequence[str]) -> None:
-    """Refuse runs made for other pieces, settings or code than this index (a foreign shard)."""
-    for record, inputs in zip(runs, expected_inputs, strict=True):
-        if record.inputs != inputs:
-            raise IntegrityError(
-                f"{record.unit} was made from other inputs ({record.inputs[:12]}) than this index expects ({inputs[:12]});"
-                " delete its record to build it again"
-            )
-
-
 def list_bytes(readers: Sequence[RunReader], nlist: int) -> np.ndarray:
     """Bytes of each list over all runs, float64 [nlist]. Raises IntegrityError for a run over other lists."""
     total = np.zeros(nlist)

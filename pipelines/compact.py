@@ -21,7 +21,8 @@ from operators.fingerprint import index_fingerprint
 from operators.settings import differing_fields
 from operators.storage.fencing import Epoch, take_epoch
 from operators.storage.store import Store, open_store
-from pipelines import index_stages
+from pipelines import recall
+from pipelines.candidate_quality import measured
 from pipelines.compact_candidate import KIND, build_compacted
 from pipelines.config import RunConfig, config_of_version
 from pipelines.gate import gate
@@ -31,7 +32,6 @@ from pipelines.progress import RunProgress
 from pipelines.publication import finish_published, publish_version
 from pipelines.run_context import RunContext, epoch_watch, open_session
 from pipelines.runs import Run, begin_or_resume, check_run_kept, discard_run, told_as_lost, unfinished_runs
-from pipelines.update_quality import measured
 
 # So many rows are merged in this process sooner than Ray and its workers start.
 IN_PROCESS_ROWS = 200_000
@@ -142,7 +142,7 @@ def _measured(context: RunContext, parent: Manifest, candidate: Manifest, retrai
     threads = Threads(context.config.encode.threads_per_worker)
     context.progress.stage("measure recall", total=1)
     call = (context.store.url, candidate, context.config.index, threads, exact_key(candidate))
-    quality, exact = context.tasks(index_stages.measure_quality, [call], num_cpus=threads.count)[0]
+    quality, exact = context.tasks(recall.measure_quality, [call], num_cpus=threads.count)[0]
     return dataclasses.replace(candidate, exact=exact, quality={**quality, "trained_rows": candidate.ntotal})
 
 

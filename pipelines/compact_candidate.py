@@ -22,12 +22,12 @@ from operators.artifact.manifest import (
 from operators.errors import IntegrityError
 from operators.fingerprint import index_fingerprint
 from operators.index_config import IndexSizes, resolve_sizes
-from operators.merger import check_inputs, open_runs, split_lists
+from operators.merger import open_runs, split_lists
 from operators.settings import digest_of
-from operators.storage.commits import CommitRecord
+from operators.storage.commits import CommitRecord, check_inputs
 from pipelines import compact_stages, index_stages
-from pipelines.compact_stages import Input, ListsOfPart, bare
-from pipelines.index_stages import Threads
+from pipelines.compact_stages import ListsOfPart
+from pipelines.index_stages import Input, Threads, bare
 from pipelines.run_context import RunContext
 
 KIND = "compact"
@@ -110,11 +110,11 @@ def _merged(
     for number, (first, end) in enumerate(ranges):
         key = f"segments/{segment_name}/part-{number:05d}"
         sharing = [each for each in inputs if _lists_of(each)[0] < end and first < _lists_of(each)[1]]
-        fixed = ((first, end), digest, config.merge_buffer_bytes, rows_of, digest_of([made_from, first, end]))
+        fixed = ((first, end), digest, config.merge_buffer_bytes, digest_of([made_from, first, end]), rows_of)
         calls.append((store.url, key, sharing, *fixed))
     context.progress.stage("merge parts", total=len(calls))
-    records: list[CommitRecord] = context.tasks(compact_stages.merge_live, calls)
-    check_inputs(records, [call[-1] for call in calls])
+    records: list[CommitRecord] = context.tasks(index_stages.merge, calls)
+    check_inputs(records, [call[-2] for call in calls])
     found = sum(record.facts["num_entries"] for record in records)
     if found != version.ntotal:
         raise IntegrityError(
@@ -178,9 +178,9 @@ def _waves(
             contents = [each.content if isinstance(each, PartRef) else each.content() for each in group]
             inputs_digest = digest_of([made_from, contents])
             key = f"{context.run.prefix}/waves-{made_from[:16]}/wave{wave}-{number:05d}-{inputs_digest[:12]}"
-            fixed = (version.quantizer["sha256"], config.merge_buffer_bytes, None, inputs_digest)
+            fixed = (version.quantizer["sha256"], config.merge_buffer_bytes, inputs_digest)
             calls.append((context.store.url, key, group, (0, version.nlist), *fixed))
-        groups = [[record] for record in context.tasks(compact_stages.merge_live, calls)]
+        groups = [[record] for record in context.tasks(index_stages.merge, calls)]
     return [*base, *chain.from_iterable(groups)]
 
 

@@ -33,21 +33,19 @@ from operators.documents import (
     write_sources,
 )
 from operators.errors import IntegrityError
-from operators.merger import check_inputs, entry_checksum, merge_range, renumbered
+from operators.merger import entry_checksum, renumbered
 from operators.piece_store import doc_hashes
 from operators.renumbering import Renumbering
 from operators.shard_builder import commit_shard
 from operators.storage.checked import ObjectEntry, put_checked
-from operators.storage.commits import CommitRecord, commit, new_attempt, read_record
+from operators.storage.commits import CommitRecord, commit, finished_unit, new_attempt, read_record
 from operators.storage.store import Store, open_store
 from operators.trainer import SampledRows, below, join_samples
-from pipelines.index_stages import Threads
+from pipelines.index_stages import Threads, bare, renumbering_of
 
 DOCUMENTS_AT_ONCE = 65_536
 TABLE_DOCUMENTS = 1_000_000  # of one table of the ledger
 CHECKED_ENTRIES = 16_384  # entries that are read back at once
-
-Input = PartRef | CommitRecord  # a published part, or a run that has not been published
 
 
 @dataclass(frozen=True)
@@ -59,60 +57,11 @@ class ListsOfPart:
     end: int
 
 
-def bare(segments: Sequence[Segment]) -> list[Segment]:
-    """The segments without their parts: what a `Renumbering` needs."""
-    return [dataclasses.replace(segment, parts=[]) for segment in segments]
-
-
-_renumberings: dict[str, Renumbering] = {}
-
-
-def _renumbering(store: Store, segments: Sequence[Segment]) -> Renumbering:
-    """The renumbering, kept in the worker process from task to task."""
-    name = repr([(s.first_row_id, s.num_rows, s.deleted and s.deleted["sha256"]) for s in segments])
-    if name not in _renumberings:
-        _renumberings.clear()
-        _renumberings[name] = Renumbering(store, segments)
-    return _renumberings[name]
-
-
-def merge_live(
-    store_url: str,
-    key_prefix: str,
-    merged: Sequence[Input],
-    lists: tuple[int, int],
-    quantizer_digest: str,
-    buffer_bytes: int,
-    segments: Sequence[Segment] | None,
-    inputs: str,
-) -> CommitRecord:
-    """Merge a range of lists and commit the part (or intermediate run) unless it was.
-
-    segments: those whose live rows stay, under new row ids. None: all rows stay as they are.
-    """
-    store = open_store(store_url)
-    done = read_record(store, f"{key_prefix}.json")
-    if done is not None:
-        check_inputs([done], [inputs])
-        return done
-    runs = [read_part_record(store, each) if isinstance(each, PartRef) else each for each in merged]
-    return merge_range(
-        store,
-        key_prefix,
-        runs,
-        lists,
-        quantizer_digest=quantizer_digest,
-        buffer_bytes=buffer_bytes,
-        inputs=inputs,
-        renumbering=_renumbering(store, segments) if segments is not None else None,
-    )
-
-
 def _live_entries(
     store: Store, groups: Sequence[ListsOfPart], segments: Sequence[Segment], buffer_bytes: int
 ) -> Iterator[RunSlice]:
     """Live entries of the lists of each part, under their new row ids."""
-    renumbering = _renumbering(store, segments)
+    renumbering = renumbering_of(store, segments)
     for group in groups:
         record = read_part_record(store, group.ref)
         reader = RunReader(store, record.unit, record.objects, record.facts, cache_bytes=buffer_bytes // 3)
@@ -130,9 +79,8 @@ def sample_live(
 ) -> CommitRecord:
     """Commit these lists' share of the training sample: the rows that a build on the live texts would draw."""
     store = open_store(store_url)
-    done = read_record(store, f"{key_prefix}.json")
+    done = finished_unit(store, f"{key_prefix}.json", inputs)
     if done is not None:
-        check_inputs([done], [inputs])
         return done
     parts = []
     for entries in _live_entries(store, groups, segments, buffer_bytes):
@@ -204,13 +152,12 @@ def rewrite_ledger(store_url: str, key: str, folder: str, parent: Manifest, inpu
     rows in it when it is to be indexed. Raises IntegrityError unless those are all live rows.
     """
     store = open_store(store_url)
-    done = read_record(store, f"{key}.json")
+    done = finished_unit(store, f"{key}.json", inputs)
     if done is not None:
-        check_inputs([done], [inputs])
         return done
     entries = read_sources(store, parent)
     ledger = read_ledger(store, parent, entries)
-    _renumber_ledger(ledger, parent, _renumbering(store, bare(parent.segments)))
+    _renumber_ledger(ledger, parent, renumbering_of(store, bare(parent.segments)))
     position_N = positions_of(entries)
     attempt = new_attempt()
     objects: dict[str, ObjectEntry] = {}

@@ -15,15 +15,15 @@ from operators.artifact.manifest import Manifest, PartRef, Segment, compute_cont
 from operators.documents import SourceEntry, write_sources
 from operators.errors import IntegrityError, QualityError, SourceError
 from operators.index_config import IndexSizes, resolve_sizes
-from operators.merger import check_inputs, list_bytes, open_runs, split_lists
+from operators.merger import list_bytes, open_runs, split_lists
 from operators.piece_store import write_table
 from operators.query_sample import lowest_queries
 from operators.row_ids import RowIds
 from operators.settings import digest_of
 from operators.shard_builder import PieceOfShard
 from operators.sources.listing import Listing
-from operators.storage.commits import CommitRecord, new_attempt
-from pipelines import index_stages
+from operators.storage.commits import CommitRecord, check_inputs, new_attempt
+from pipelines import index_stages, recall
 from pipelines.encode_pieces import sum_counts
 from pipelines.index_stages import Threads
 from pipelines.run_context import RunContext
@@ -329,7 +329,7 @@ def _measure(context: RunContext, manifest: Manifest) -> tuple[dict[str, Any], d
     threads = Threads(config.encode.threads_per_worker)
     context.progress.stage("measure recall", total=1)
     call = (context.store.url, manifest, config.index, threads, exact_key(manifest))
-    quality, exact = context.tasks(index_stages.measure_quality, [call], num_cpus=threads.count)[0]
+    quality, exact = context.tasks(recall.measure_quality, [call], num_cpus=threads.count)[0]
     if quality["recall@10"] < config.index.min_recall:
         raise QualityError(
             f"recall@10 on the query sample must be at least {config.index.min_recall} (index.min_recall), got"

@@ -5,6 +5,7 @@ Each opens the store by its URL, does one unit of work and commits it. All are d
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,10 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from operators import schemas
-from operators.artifact.exact_neighbours import exact_neighbours, write_exact
-from operators.artifact.index import Index
 from operators.artifact.list_assignment import ListAssignment
-from operators.artifact.manifest import Manifest, PartRef, Segment
+from operators.artifact.manifest import Manifest, PartRef, Segment, read_part_record
 from operators.artifact.quantizer import Quantizer, read_quantizer
 from operators.artifact.verifier import PartReport, check_version, verify_part
 from operators.documents import TAKES_PART, document_table, write_documents
@@ -26,19 +25,18 @@ from operators.encoding.encode_config import EncodeConfig, configured_model
 from operators.encoding.text_encoder import TextEncoder
 from operators.errors import FingerprintError
 from operators.index_config import IndexConfig, IndexSizes
-from operators.merger import check_inputs, merge_range
+from operators.merger import merge_range
 from operators.piece_store import read_table, write_table
 from operators.query_sample import lowest_queries
+from operators.renumbering import Renumbering
 from operators.row_ids import Duplicates, RowIds, assign_row_ids, duplicate_lines
 from operators.shard_builder import PieceOfShard, build_shard
 from operators.storage.checked import CheckedFile, ObjectEntry, put_checked, write_checked
-from operators.storage.commits import CommitRecord, commit, new_attempt, read_record
+from operators.storage.commits import CommitRecord, commit, finished_unit, new_attempt, read_record
 from operators.storage.store import Store, open_store
 from operators.trainer import SampledRows, join_samples, sample_pieces, train_quantizer
 
-PROBE_RECALL_K = 10
-STUCK_GAIN = 0.001  # a doubling of nprobe that gains less recall than this: the codes are the limit
-MAX_REFINE_GROWTH = 4
+Input = PartRef | CommitRecord  # of a merge: a published part, or a run that has not been published
 
 
 @dataclass(frozen=True)
@@ -116,9 +114,8 @@ def sample_group(
 ) -> CommitRecord:
     """Commit a group's share of the training and the query sample."""
     store = open_store(store_url)
-    done = read_record(store, f"{key_prefix}.json")
+    done = finished_unit(store, f"{key_prefix}.json", inputs)
     if done is not None:
-        check_inputs([done], [inputs])
         return done
     found = sample_pieces(store, [(p.record, p.dropped_docs) for p in pieces], share=share)
     queries = lowest_queries(store, [p.record for p in pieces], num_queries)
@@ -145,9 +142,8 @@ def train(
     """Train and commit the quantizer. Its bits do not depend on the number of threads (kernels.kmeans)."""
     store = open_store(store_url)
     key = f"{prefix}/trained.json"
-    done = read_record(store, key)
+    done = finished_unit(store, key, inputs)
     if done is not None:
-        check_inputs([done], [inputs])
         return done
     threads.apply()
     sample = join_samples([_read_sample(store, record) for record in samples])
@@ -192,23 +188,51 @@ def shard(
     return build_shard(store, key_prefix, pieces, quantizer, inputs)
 
 
+def bare(segments: Sequence[Segment]) -> list[Segment]:
+    """The segments without their parts: what a `Renumbering` needs."""
+    return [dataclasses.replace(segment, parts=[]) for segment in segments]
+
+
+_renumberings: dict[str, Renumbering] = {}
+
+
+def renumbering_of(store: Store, segments: Sequence[Segment]) -> Renumbering:
+    """The renumbering, kept in the worker process from task to task."""
+    name = repr([(s.first_row_id, s.num_rows, s.deleted and s.deleted["sha256"]) for s in segments])
+    if name not in _renumberings:
+        _renumberings.clear()
+        _renumberings[name] = Renumbering(store, segments)
+    return _renumberings[name]
+
+
 def merge(
     store_url: str,
     key_prefix: str,
-    runs: Sequence[CommitRecord],
+    merged: Sequence[Input],
     lists: tuple[int, int],
     quantizer_digest: str,
     buffer_bytes: int,
     inputs: str,
+    segments: Sequence[Segment] | None = None,
 ) -> CommitRecord:
-    """Merge a range of lists and commit the part (or intermediate run) unless it was."""
+    """Merge a range of lists and commit the part (or intermediate run) unless it was.
+
+    segments: those whose live rows stay, under new row ids (a compaction). None: all rows stay as they are.
+    """
     store = open_store(store_url)
-    done = read_record(store, f"{key_prefix}.json")
+    done = finished_unit(store, f"{key_prefix}.json", inputs)
     if done is not None:
-        check_inputs([done], [inputs])
         return done
+    runs = [read_part_record(store, each) if isinstance(each, PartRef) else each for each in merged]
     return merge_range(
-        store, key_prefix, runs, lists, quantizer_digest=quantizer_digest, buffer_bytes=buffer_bytes, inputs=inputs
+        store,
+        key_prefix,
+        runs,
+        lists,
+        quantizer_digest=quantizer_digest,
+        buffer_bytes=buffer_bytes,
+        inputs=inputs,
+        renumbering=renumbering_of(store, segments) if segments is not None else None,
     )
 
 
@@ -241,64 +265,3 @@ def _quantizer(store: Store, entry: ObjectEntry, assignment: ListAssignment) -> 
         _quantizers.clear()
         _quantizers[name] = read_quantizer(store, entry, assignment)
     return _quantizers[name]
-
-
-def measure_quality(
-    store_url: str, manifest: Manifest, config: IndexConfig, threads: Threads, exact_key: str
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Recall on the stored query sample, and the smallest nprobe (and refine factor) that reaches the target.
-
-    Besides, as JSON, the entry of the object with the queries' exact neighbours, which is written at `exact_key`.
-
-    nprobe doubles, then is bisected, until recall@10 against exact search over the stored vectors reaches `index.target_recall`. Where
-    more lists no longer help, the codes are what limits it, and the refine factor doubles (up to 4 times).
-    """
-    threads.apply()
-    store = open_store(store_url)
-    index = Index(store, manifest)
-    table = read_table(store, ObjectEntry.from_json(manifest.queries))
-    queries = np.array(table.column("vector").to_pylist(), np.float32).reshape(table.num_rows, manifest.d)
-    k = min(PROBE_RECALL_K, manifest.ntotal)
-    exact = exact_neighbours(index, queries)
-    refine, curve = config.refine_factor, []
-
-    def recall_at(nprobe: int, refine_factor: int) -> float:
-        found = index.search(queries, k, nprobe=nprobe, refine_factor=refine_factor).row_ids_Qk
-        recall = intersection_recall(found, exact.first(k))
-        curve.append({"nprobe": nprobe, "refine_factor": refine_factor, "recall@10": recall})
-        return float(curve[-1]["recall@10"])
-
-    too_few, nprobe, best = 0, 1, 0.0
-    while (recall := recall_at(nprobe, refine)) < config.target_recall:
-        stuck = recall - best < STUCK_GAIN and nprobe >= 8
-        best = max(best, recall)
-        if (stuck or nprobe == manifest.nlist) and refine < MAX_REFINE_GROWTH * config.refine_factor:
-            refine *= 2
-        elif nprobe < manifest.nlist:
-            too_few, nprobe = nprobe, min(2 * nprobe, manifest.nlist)
-        else:
-            break
-    else:
-        # Between the last two powers of two, to an eighth: on a small index a doubling may be the whole of it.
-        while nprobe - too_few > max(1, nprobe // 8):
-            middle = (too_few + nprobe) // 2
-            recall_in_between = recall_at(middle, refine)
-            if recall_in_between >= config.target_recall:
-                nprobe, recall = middle, recall_in_between
-            else:
-                too_few = middle
-    quality = {
-        "nprobe": nprobe,
-        "refine_factor": refine,
-        "recall@10": recall,
-        "target_recall": config.target_recall,
-        "queries": len(queries),
-        "curve": curve,
-    }
-    return quality, write_exact(store, exact_key, exact).to_json()
-
-
-def intersection_recall(found_Qk: np.ndarray, exact_Qk: Sequence[np.ndarray] | np.ndarray) -> float:
-    """Mean share of the exact top k that was found (`intersection` recall@k), order ignored."""
-    hits = [len(np.intersect1d(f[f >= 0], e)) / len(e) for f, e in zip(found_Qk, exact_Qk, strict=True)]
-    return float(np.mean(hits)) if hits else 1.0

@@ -29,6 +29,7 @@ from operators.sources.listing import Listing, SourceObject, list_sources
 from operators.storage.fencing import Epoch, take_epoch
 from operators.storage.store import Store, open_store
 from pipelines.build import refuse_root_among_sources
+from pipelines.candidate_quality import measured
 from pipelines.compact import compact
 from pipelines.config import RunConfig, config_of_version
 from pipelines.drift import drift
@@ -47,7 +48,6 @@ from pipelines.runs import (
 )
 from pipelines.update_candidate import build_update
 from pipelines.update_plan import UpdatePlan, encode_changes, plan_update
-from pipelines.update_quality import measured
 
 # So many documents are encoded sooner in this process than Ray and its workers start.
 IN_PROCESS_DOCUMENTS = 2_000

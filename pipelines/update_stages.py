@@ -17,20 +17,15 @@ import pyarrow.parquet as pq
 
 from cluster.stream import ReadError, StreamJob, cleaner_of, read_piece
 from operators import schemas
-from operators.artifact.exact_neighbours import ExactNeighbours, exact_after_update, exact_neighbours
-from operators.artifact.index import Index
-from operators.artifact.manifest import Manifest
 from operators.crash_points import crash_point
 from operators.documents import TAKES_PART, document_table
 from operators.errors import SourceChangedError, SourceError, VectormillError
-from operators.merger import check_inputs
 from operators.piece_store import read_table, write_table
 from operators.sources.pieces import Piece, StagedSlice
 from operators.sources.readers import PieceRows
 from operators.storage.checked import ObjectEntry, write_checked
-from operators.storage.commits import CommitRecord, commit, new_attempt, read_record
+from operators.storage.commits import CommitRecord, commit, finished_unit, new_attempt
 from operators.storage.store import Store, open_store
-from pipelines.index_stages import PROBE_RECALL_K, Threads, intersection_recall
 
 # Documents of a scanned piece: those of schemas.DOCUMENTS with their piece (its number in the group) and source.
 SCANNED = pa.schema(
@@ -41,9 +36,8 @@ SCANNED = pa.schema(
 def scan_group(job: StreamJob, key_prefix: str, pieces: Sequence[Piece], inputs: str) -> CommitRecord:
     """Commit which documents the pieces hold (SCANNED) and what is wrong with their other rows. Nothing is encoded."""
     store = open_store(job.store_url)
-    done = read_record(store, f"{key_prefix}.json")
+    done = finished_unit(store, f"{key_prefix}.json", inputs)
     if done is not None:
-        check_inputs([done], [inputs])
         return done
     attempt = new_attempt()
     rows_read: Counter[str] = Counter()
@@ -127,9 +121,8 @@ class Wanted:
 def take_group(job: StreamJob, key_prefix: str, wanted: Sequence[Wanted], inputs: str) -> CommitRecord:
     """Commit the raw rows of the documents that are to be encoded, as a slice that is staged for the streaming job."""
     store = open_store(job.store_url)
-    done = read_record(store, f"{key_prefix}.json")
+    done = finished_unit(store, f"{key_prefix}.json", inputs)
     if done is not None:
-        check_inputs([done], [inputs])
         return done
     found = []
     for one in wanted:
@@ -173,18 +166,3 @@ def documents_of_pieces(store: Store, pieces: Sequence[CommitRecord]) -> Iterato
         counts = np.diff(np.append(starts, len(chunk_no)))
         doc_id = table.column("doc_id").combine_chunks().take(pa.array(starts))
         yield pa.table({"doc_id": doc_id, "num_chunks": pa.array(counts, pa.int64())})
-
-
-def measure_recall(
-    store_url: str, manifest: Manifest, queries_Qd: npt.NDArray[np.float32], parent: Manifest | None, threads: Threads
-) -> tuple[float, ExactNeighbours]:
-    """recall@10 against exact search over the live rows, at the version's nprobe and refine factor; and the exact neighbours.
-
-    parent: the version that this one follows, with the same queries and row ids; None: scan everything.
-    """
-    threads.apply()
-    index = Index(open_store(store_url), manifest)
-    k = min(PROBE_RECALL_K, manifest.ntotal)
-    exact = exact_after_update(index, queries_Qd, parent, k) if parent is not None else None
-    exact = exact or exact_neighbours(index, queries_Qd)
-    return intersection_recall(index.search(queries_Qd, k).row_ids_Qk, exact.first(k)), exact

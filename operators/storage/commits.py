@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,6 +86,24 @@ def read_record(store: Store, key: str) -> CommitRecord | None:
     except FileNotFoundError:
         return None
     return parse_record(data, f"{store.url}/{key}")
+
+
+def finished_unit(store: Store, key: str, inputs: str) -> CommitRecord | None:
+    """The unit's record if it was committed. Raises IntegrityError for one that was made from other inputs."""
+    record = read_record(store, key)
+    if record is not None:
+        check_inputs([record], [inputs])
+    return record
+
+
+def check_inputs(runs: Sequence[CommitRecord], expected_inputs: Sequence[str]) -> None:
+    """Raise IntegrityError for work made for other inputs, settings or code than this run's (a foreign shard)."""
+    for record, inputs in zip(runs, expected_inputs, strict=True):
+        if record.inputs != inputs:
+            raise IntegrityError(
+                f"{record.unit} was made from other inputs ({record.inputs[:12]}) than this index expects ({inputs[:12]});"
+                " delete its record to build it again"
+            )
 
 
 def parse_record(data: bytes, name: str) -> CommitRecord:

@@ -19,10 +19,10 @@ from operators.artifact.list_run import RunReader, RunSlice, write_run
 from operators.artifact.manifest import PartRef, Segment, part_ref
 from operators.artifact.quantizer import Quantizer
 from operators.errors import IntegrityError
-from operators.merger import check_inputs, list_bytes, merge_range, open_runs, split_lists
+from operators.merger import list_bytes, merge_range, open_runs, split_lists
 from operators.renumbering import Renumbering
 from operators.row_ids import RowIds, assign_row_ids
-from operators.storage.commits import CommitRecord, read_record
+from operators.storage.commits import CommitRecord, check_inputs, read_record
 from operators.storage.store import Store, open_store
 from tests.artifact_maker import (
     commit_corpus,

@@ -1,4 +1,4 @@
-"""Before an update is published: everything new is read back, and recall is measured on the fixed query sample."""
+"""Before an update or a merge is published: everything new is read back, and recall is measured on the fixed query sample."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from operators.artifact.exact_neighbours import ExactNeighbours, write_exact
 from operators.artifact.manifest import Manifest, Segment
 from operators.piece_store import read_table
 from operators.storage.checked import ObjectEntry
-from pipelines import update_stages
+from pipelines import recall as recall_tasks
 from pipelines.index_build import exact_key, verify_candidate
 from pipelines.index_stages import Threads
 from pipelines.run_context import RunContext
@@ -69,5 +69,5 @@ def _recall(
     threads = Threads(context.config.encode.threads_per_worker)
     call = (context.store.url, manifest, queries_Qd, parent, threads)
     found: tuple[float, ExactNeighbours]
-    (found,) = context.tasks(update_stages.measure_recall, [call], num_cpus=threads.count)
+    (found,) = context.tasks(recall_tasks.measure_recall, [call], num_cpus=threads.count)
     return found
