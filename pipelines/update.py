@@ -245,6 +245,7 @@ def _listing(sources: Sequence[str], entries: Sequence[SourceEntry], append: boo
     for obj in listing.objects:
         source = known.get(obj.uri, obj.source)
         named.append(dataclasses.replace(obj, source=obj.uri if source in taken else source))
+        taken.add(named[-1].source)
     same = {entry.obj.uri: entry.obj for entry in entries}
     # An object that is appended again without having changed keeps its place.
     ahead = [obj for obj in named if same.get(obj.uri) != obj]

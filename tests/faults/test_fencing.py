@@ -121,6 +121,26 @@ def test_of_two_at_once_one_publishes_and_the_revived_other_names_it_and_changes
     assert store.list_keys("runs") == []
 
 
+def test_a_suspended_run_cannot_publish_even_when_the_later_one_published_nothing(
+    kill_corpus: KillCorpus, tmp_path: Path
+) -> None:
+    # The later one goes on with the run of the first, finds nothing to do, and discards what the first is about to publish.
+    root = Root(kill_corpus, tmp_path)
+    before = open_current(open_store(root.url)).version
+    with root.start("update", crash_points.STOP_VARIABLE, "publish.before:1") as suspended:
+        assert suspended.wait_stopped(STOP_TIMEOUT_S), suspended.stderr
+        done = update([], root.url, in_process, UpdateOptions(append=True, deletes=["no such document"]))
+        assert not done.published
+        suspended.resume()
+        assert suspended.wait(END_TIMEOUT_S)
+        assert suspended.returncode == FencedError.exit_code, suspended.stderr
+    assert open_current(open_store(root.url)).version == before
+    assert verify(root.url)["problems"] == []
+    assert root.texts() == root.before
+    root.run("update")
+    assert root.texts() == root.without_deleted()
+
+
 def assert_all_whole(root: str) -> None:
     """Every version that the root holds is complete, and the published one verifies."""
     assert {version["state"] for version in history(root)["versions"]} == {"whole"}
