@@ -117,6 +117,9 @@ def search_command(
     k: Annotated[int, typer.Option("-k", metavar="K", help="Hits for each question.")] = 10,
     nprobe: Nprobe = None,
     refine_factor: RefineFactor = None,
+    recall: Annotated[
+        float | None, typer.Option(metavar="R", help="In place of both: what `eval` found to reach this recall@10.")
+    ] = None,
     queries: Annotated[
         str | None, typer.Option(metavar="FILE", help="More questions: .txt, .jsonl or .parquet (text, optional _id).")
     ] = None,
@@ -132,7 +135,7 @@ def search_command(
     \b
     Example:
       vectormill search index "how do I sort a list" -k 3
-      vectormill search index --queries questions.txt --out hits.parquet
+      vectormill search index --queries questions.txt --out hits.parquet --recall 0.95
     """
     from pipelines.cli_output import clean_stdout, print_json, show_results
 
@@ -145,7 +148,7 @@ def search_command(
         check_queries(asked)
         if out is not None:
             check_results_path(out)
-        results = search(root, [query.text for query in asked], k, nprobe, refine_factor, model, version)
+        results = search(root, [query.text for query in asked], k, nprobe, refine_factor, model, version, recall)
         num_hits = write_results(out, [query.query_id for query in asked], results) if out is not None else 0
     if as_json:
         print_json(results)
@@ -158,8 +161,15 @@ def search_command(
 @app.command("eval")
 def eval_command(
     root: Root,
-    queries: Annotated[str, typer.Option(metavar="FILE", help="Parquet with the columns _id, text.")],
-    qrels: Annotated[str, typer.Option(metavar="FILE", help="Parquet with the columns query_id, doc_id, score.")],
+    queries: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Judged queries: Parquet with the columns _id, text.")
+    ] = None,
+    qrels: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Parquet with the columns query_id, doc_id, score.")
+    ] = None,
+    recall: Annotated[
+        list[float] | None, typer.Option(metavar="R", help="May repeat. Default: 0.90, 0.95 and 0.99.")
+    ] = None,
     nprobe: Nprobe = None,
     refine_factor: RefineFactor = None,
     limit: Annotated[int | None, typer.Option(metavar="N", help="Only the first N judged queries.")] = None,
@@ -167,20 +177,43 @@ def eval_command(
     version: Version = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure the index on judged queries.
+    """Find what settings reach a recall, or measure the index on judged queries.
 
-    nDCG@10 and recall@100 of documents, through the index and by exact search, and recall@10 of its chunks.
+    Without judged queries: of every recall the nprobe and refine factor that reach it fastest on the query sample that
+    is stored with the index. They are stored, for `search --recall` and `serve --recall`.
+    With them: nDCG@10 and recall@100 of documents, through the index and by exact search, and recall@10 of its chunks.
 
     \b
     Example:
+      vectormill eval index
+      vectormill eval index --recall 0.97
       vectormill eval index --queries queries.parquet --qrels qrels.parquet
     """
-    from pipelines.cli_output import clean_stdout, print_json, show_evaluation
+    from pipelines.cli_output import clean_stdout, print_json, show_evaluation, show_operating_points
 
     with clean_stdout():
         from pipelines.evaluate import evaluate
+        from pipelines.operating_points import RECALLS, measure_operating_points
         from pipelines.progress import RunProgress
 
+        if queries is None and qrels is None:
+            for name, given in (
+                ("--nprobe", nprobe),
+                ("--refine-factor", refine_factor),
+                ("--limit", limit),
+                ("--model", model),
+            ):
+                if given is not None:
+                    raise ConfigError(
+                        f"{name} is for judged queries, got {given}; give --queries and --qrels, or leave it out"
+                    )
+            facts = measure_operating_points(root, recall or RECALLS, version, RunProgress())
+            (print_json if as_json else show_operating_points)(facts)
+            return
+        if queries is None or qrels is None or recall:
+            raise ConfigError(
+                "judged queries take --queries and --qrels, both, and no --recall; for operating points give none of them"
+            )
         facts = evaluate(root, queries, qrels, nprobe, refine_factor, model, limit, RunProgress(), version)
     (print_json if as_json else show_evaluation)(facts)
 

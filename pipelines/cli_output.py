@@ -168,6 +168,30 @@ def show_evaluation(facts: dict[str, Any]) -> None:
         console.print("No judged document was found at all: are these judgements of this corpus, and by the same ids?")
 
 
+def point_text(point: dict[str, Any]) -> str:
+    """An operating point on a line."""
+    return (
+        f"recall {point['recall']:g}: nprobe {point['nprobe']}, refine_factor {point['refine_factor']}"
+        f" (measured {point['recall@10']:.4f}, p50 {point['p50_ms']:.2f} ms, p99 {point['p99_ms']:.2f} ms)"
+    )
+
+
+def show_operating_points(facts: dict[str, Any]) -> None:
+    """What reaches each recall, and what none does."""
+    console = Console(highlight=False, soft_wrap=True)
+    for point in facts["points"]:
+        console.print(point_text(point))
+    for missed in facts["unreached"]:
+        console.print(
+            f"recall {missed['recall']:g}: not reached, the best of all settings is {missed['best_recall@10']:.4f}"
+        )
+    console.print(
+        f"recall@10 against exact search, {facts['queries']:,} queries of the stored sample, {facts['version']};"
+        f" latency of single queries without encoding, {facts['threads']} thread(s); {facts['seconds']:.1f} s."
+        "\nStored: `search --recall` and `serve --recall` use them."
+    )
+
+
 def show_info(facts: dict[str, Any]) -> None:
     """Facts of a version as a table."""
     console = Console(highlight=False)
@@ -193,6 +217,8 @@ def show_info(facts: dict[str, Any]) -> None:
         "search",
         f"nprobe {facts['nprobe']}, refine_factor {facts['refine_factor']}: recall@10 {facts['recall@10']:.4f} against exact",
     )
+    for point in (facts["operating_points"] or {"points": []})["points"]:
+        table.add_row("", point_text(point))
     if facts["num_deltas"] or facts["num_deleted"]:
         deleted = f"{facts['num_deleted']:,} deleted rows ({facts['deleted_share']:.2%})"
         table.add_row("segments", f"base and {facts['num_deltas']} delta(s), {deleted}")

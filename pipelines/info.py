@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from operators.storage.store import open_store
+from pipelines.operating_points import read_operating_points
 from pipelines.versions import deletions, open_version
 
 
@@ -13,10 +14,11 @@ def info(root: str, version: str | None = None) -> dict[str, Any]:
 
     `rows` reconcile: read = indexed + rejected + dropped. `ntotal` counts the entries that are not deleted,
     `deleted_share` is of all that the segments hold. `recall@10` is that of the index against exact search at the
-    stored nprobe and refine_factor, on queries drawn from the corpus when it was built. `bytes_per_vector` counts
+    stored nprobe and refine_factor (`operating_points`: what `eval` stored, or None), on queries drawn from the corpus when it was built. `bytes_per_vector` counts
     quantizer and parts, deleted rows too.
     """
-    manifest = open_version(open_store(root), version)
+    store = open_store(root)
+    manifest = open_version(store, version)
     segments = [
         {
             "name": segment.name,
@@ -44,6 +46,7 @@ def info(root: str, version: str | None = None) -> dict[str, Any]:
         "nprobe": manifest.quality["nprobe"],
         "refine_factor": manifest.quality["refine_factor"],
         "recall@10": manifest.quality["recall@10"],
+        "operating_points": read_operating_points(store, manifest.version),
         "bytes_per_vector": manifest.bytes_per_vector,
         "content_digest": manifest.content_digest,
         "rows": manifest.rows,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from operators.artifact.manifest import Manifest, manifest_key, publish, read_part_records, write_manifest
 from operators.crash_points import crash_point
+from operators.errors import IntegrityError
 from operators.storage.store import Store
+from pipelines.operating_points import carry_operating_points
 from pipelines.run_context import RunContext
 from pipelines.runs import Run, unfinished_runs
 from pipelines.versions import hold, version_number, versions_in
@@ -16,6 +18,10 @@ def publish_version(context: RunContext, manifest: Manifest, tag: str | None) ->
     crash_point("manifest.before")
     context.epoch.check(context.store)
     digest = write_manifest(context.store, manifest)
+    try:
+        carry_operating_points(context.store, manifest)
+    except IntegrityError as error:  # they can be measured again, and are no part of the version
+        context.progress.say(f"operating points were not carried over to {manifest.version}: {error}")
     publish(context.store, manifest, digest, context.epoch, tag)
     tidy_up(context.store, context.run, manifest)
 

@@ -26,6 +26,7 @@ from operators.errors import ConfigError
 from operators.storage.filesystem import filesystem_for, is_local
 from operators.storage.store import open_store
 from pipelines.index_stages import query_encoder
+from pipelines.operating_points import point_for
 from pipelines.versions import open_version
 
 # Vectors that a batch of queries scores again: at d = 384 about 100 MB of float32.
@@ -60,10 +61,12 @@ def search(
     refine_factor: int | None = None,
     model: str | None = None,
     version: str | None = None,
+    recall: float | None = None,
 ) -> list[dict[str, Any]]:
     """`[{"query", "hits": [{"rank", "doc_id", "chunk_no", "score", "text"}]}]` in the order of `queries`, best hit first.
 
-    nprobe and refine_factor: None takes what the version stores. model: another place of the same model. version: None
+    nprobe and refine_factor: None takes what the version stores; recall in their place: what reached it on the version's
+    query sample (pipelines/operating_points.py). model: another place of the same model. version: None
     for the published one, "candidate" for the last one that was refused. There are fewer than k hits where the probed lists hold fewer entries. Deterministic.
     Raises IndexNotFoundError, ConfigError (a setting, an empty query, a model that cannot be loaded),
     FingerprintError (another model), IntegrityError (a damaged object).
@@ -71,6 +74,10 @@ def search(
     check_queries([Query(str(number), text) for number, text in enumerate(queries, 1)])
     store = open_store(root)
     manifest = open_version(store, version)
+    if recall is not None:
+        if nprobe is not None or refine_factor is not None:
+            raise ConfigError("--recall chooses nprobe and the refine factor: leave out --nprobe and --refine-factor")
+        nprobe, refine_factor = point_for(store, manifest, recall)
     check_search_settings(manifest, k, nprobe, refine_factor)
     vectors_Qd = encode_queries(manifest, queries, model)
     index = Index(store, manifest)
