@@ -199,10 +199,11 @@ def _small_objects(
     """Rejects, ledger and query sample of the version, as JSON of the manifest."""
     store, attempt = context.store, new_attempt()
     prefix = f"segments/{segment_name}"
-    context.progress.stage("write ledger", total=len(pieces))
+    groups = ledger_groups(pieces)
+    context.progress.stage("write ledger", total=len(groups))
     rejects = index_stages.write_rejects(store, f"{prefix}/rejects-{attempt}.parquet", pieces, row_ids.duplicates)
     calls = []
-    for number, group in enumerate(ledger_groups(pieces)):
+    for number, group in enumerate(groups):
         placed = [(pieces[i], row_ids.bases[i], row_ids.dropped.get(i, [])) for i in group]
         calls.append((store.url, f"{prefix}/documents-{attempt}-{number:05d}.parquet", placed))
     tables = context.tasks(index_stages.write_piece_documents, calls)

@@ -8,6 +8,7 @@ from operators.errors import IntegrityError
 from operators.storage.store import Store
 from pipelines.operating_points import carry_operating_points
 from pipelines.run_context import RunContext
+from pipelines.run_record import store_run_record
 from pipelines.runs import Run, unfinished_runs
 from pipelines.versions import hold, version_number, versions_in
 
@@ -22,7 +23,9 @@ def publish_version(context: RunContext, manifest: Manifest, tag: str | None) ->
         carry_operating_points(context.store, manifest)
     except IntegrityError as error:  # they can be measured again, and are no part of the version
         context.progress.say(f"operating points were not carried over to {manifest.version}: {error}")
+    store_run_record(context, manifest)
     publish(context.store, manifest, digest, context.epoch, tag)
+    context.progress.published(manifest.version, manifest.rows, manifest.content_digest)
     tidy_up(context.store, context.run, manifest)
 
 
@@ -52,6 +55,7 @@ def _discard_lost_manifests(store: Store, run: Run, manifest: Manifest) -> None:
             held = hold(store, version)
             if held is not None and held.manifest is not None and held.manifest.run_id == run.run_id:
                 store.delete(manifest_key(version))
+                store.delete_tree(manifest_key(version).rsplit("/", 1)[0])  # what lay beside it
 
 
 def finish_published(store: Store, current: Manifest) -> Run | None:

@@ -61,7 +61,7 @@ def scan_group(job: StreamJob, key_prefix: str, pieces: Sequence[Piece], inputs:
 
 def _read(job: StreamJob, piece: Piece) -> PieceRows:
     try:
-        return read_piece(job, piece)
+        return read_piece(job, piece)[0]
     except ReadError as error:
         if isinstance(error.cause, VectormillError):
             raise error.cause from None

@@ -14,6 +14,7 @@ from operators.sources.failures import check_unchanged, reading
 from operators.sources.listing import SourceObject
 from operators.sources.read_config import MAX_LINE_BYTES
 from operators.storage.filesystem import filesystem_for, is_local
+from operators.storage.traffic import open_counted
 
 CHUNK_BYTES = 1 << 20
 
@@ -30,7 +31,7 @@ def opened(obj: SourceObject, read_ahead: bool = False) -> Iterator[Any]:
     with ExitStack() as stack:
         with reading(obj):
             if is_local(fs):
-                file = stack.enter_context(open(path, "rb"))
+                file = stack.enter_context(open_counted(path))
             else:
                 # s3fs sends If-Match with every ranged read, so one open file never mixes two versions.
                 cache = "readahead" if read_ahead else "none"

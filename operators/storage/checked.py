@@ -20,6 +20,7 @@ import numpy as np
 
 from operators.errors import IntegrityError
 from operators.storage.store import Store
+from operators.storage.traffic import count
 
 BLOCK_BYTES = 64 << 10
 # Bytes that do not match are read again before the object is called damaged: they may have been damaged on their way.
@@ -232,6 +233,7 @@ class CheckedFile(io.RawIOBase):
             bad = [n for n, block in blocks.items() if zlib.crc32(block) != self.entry.crc32[n]]
             if not bad:
                 return blocks
+            count(retries=1)
         raise IntegrityError(
             f"object {self._name} is damaged: bytes {bad[0] * width} to {bad[0] * width + len(blocks[bad[0]])}"
             " do not match their checksum; restore the object from a copy, or build again with --fresh"

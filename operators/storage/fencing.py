@@ -13,6 +13,7 @@ from operators.storage.commits import seal, unseal
 from operators.storage.store import Store
 
 EPOCH_KEY = "EPOCH"
+JOB_VARIABLE = "VECTORMILL_JOB"  # id of the cluster job that this process is part of; submit sets it
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Epoch:
 
     number: int
     run_id: str
-    holder: str  # user@host pid, for messages
+    holder: str  # user@host pid, and the job where it is one; for messages
     taken_at: str
 
     def check(self, store: Store) -> None:
@@ -48,12 +49,14 @@ def take_epoch(store: Store, run_id: str) -> Epoch:
 
     Of several runs that try at once one takes each number; a later one fences the earlier off.
     """
+    job = os.environ.get(JOB_VARIABLE)
+    holder = f"{getpass.getuser()}@{socket.gethostname()} pid {os.getpid()}" + (f", job {job}" if job else "")
     while True:
         found = read_epoch(store)
         epoch = Epoch(
             number=(found[0].number if found else _highest_version(store)) + 1,
             run_id=run_id,
-            holder=f"{getpass.getuser()}@{socket.gethostname()} pid {os.getpid()}",
+            holder=holder,
             taken_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         )
         data = seal(asdict(epoch))

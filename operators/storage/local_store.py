@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from operators.storage.store import Store, StoredObject
+from operators.storage.traffic import count
 
 TEMPORARY_PREFIX = ".tmp-"
 
@@ -62,7 +63,9 @@ class _LocalStream:
 
     def write(self, data: bytes) -> int:
         with writing(self._target):
-            return self._file.write(data)
+            written = self._file.write(data)
+        count(bytes_written=written)
+        return written
 
     def commit(self) -> None:
         with writing(self._target):
@@ -89,7 +92,9 @@ class LocalStore(Store):
         return self._folder / key
 
     def read(self, key: str) -> bytes:
-        return self.local_path(key).read_bytes()
+        data = self.local_path(key).read_bytes()
+        count(bytes_read=len(data))
+        return data
 
     def reader(self, key: str) -> Callable[[int, int], bytes]:
         path = self.local_path(key)
@@ -97,9 +102,11 @@ class LocalStore(Store):
         def read_range(start: int, stop: int) -> bytes:
             descriptor = os.open(path, os.O_RDONLY)  # 5 us; a kept one would have to be closed by every caller
             try:
-                return os.pread(descriptor, stop - start, start)
+                data = os.pread(descriptor, stop - start, start)
             finally:
                 os.close(descriptor)
+            count(bytes_read=len(data))
+            return data
 
         return read_range
 
@@ -149,6 +156,7 @@ class LocalStore(Store):
                 missing_ok=True
             )  # on a full disk what is left behind takes the room that the next run needs
             raise
+        count(bytes_written=len(data))
         return temporary
 
     def put(self, key: str, data: bytes) -> None:

@@ -28,6 +28,8 @@ from botocore.parsers import ResponseParserError
 from fsspec.asyn import sync_wrapper
 from s3fs import S3FileSystem
 
+from operators.storage.traffic import count
+
 # No attempt of a request begins later than this after the first one.
 REQUEST_DEADLINE_S = 120.0
 # Nothing answers at the endpoint at all: more often a wrong address than an outage.
@@ -108,12 +110,16 @@ class RetryingS3FileSystem(S3FileSystem):
         deadline_s = DOWN_DEADLINE_S if self._down else REQUEST_DEADLINE_S
         attempt = 0
         while True:
+            count(requests=1, retries=1 if attempt else 0)
             try:
                 async with asyncio.timeout(ATTEMPT_TIMEOUT_S):
                     answer = await super()._call_s3(method, *option_sets, **options)
                     if method == "get_object":
-                        answer["Body"] = _WholeBody(await _whole_body(answer, options))
+                        data = await _whole_body(answer, options)
+                        answer["Body"] = _WholeBody(data)
+                        count(bytes_read=len(data))
                 self._down = False
+                count(bytes_written=len(options["Body"]) if isinstance(options.get("Body"), bytes) else 0)
                 return answer
             except Exception as error:
                 if not is_transient(error):
