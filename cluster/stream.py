@@ -2,9 +2,9 @@
 
     read (task) -> clean, chunk and tokenize (task, fused with read) -> encode (fixed actor pool) -> commit (task)
 
-One piece is one read task, one block and one row: the row carries the piece's tables as Arrow IPC. So nothing that Ray
-Data does to blocks (coalescing small ones, dropping empty ones) can merge, split or lose a piece, and a piece that fails
-travels on as a row with its error while the others complete.
+One piece is one row, which carries its tables as Arrow IPC; one read task makes one block, of one piece or, on GPUs, of a
+few (`pieces_per_task`). So nothing that Ray Data does to blocks (coalescing small ones, dropping empty ones) can merge,
+split or lose a piece, and a piece that fails travels on as a row with its error while the others complete.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ import functools
 import json
 import logging
 import os
-import queue
 import struct
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from cluster.encoder_pool import EncoderPool, PoolChangedError, run_dataset
+from cluster.gpu_sampler import GpuSampler
 from cluster.preflight import StreamPlan
-from cluster.session import check_alive
+from cluster.telemetry import TOKEN_BIN, Span, Stopwatch, dump_spans, load_spans, observe_span
 from operators.chunker import ChunkConfig, Chunker
 from operators.cleaner import CleanConfig, Cleaner
-from operators.encoder import Encoder
-from operators.encoding.encode_config import EncodeConfig, configured_model
+from operators.encoding.encode_config import EncodeConfig, configured_model, resolve_device
 from operators.encoding.model_folder import ModelSpec
-from operators.errors import ConfigError, FingerprintError, ResourceError, SourceChangedError, VectormillError
+from operators.errors import ConfigError, FingerprintError, SourceChangedError, VectormillError
 from operators.piece_store import EncodedPiece, commit_piece, read_table
 from operators.sources.pieces import Piece
 from operators.sources.read_config import ReadConfig
@@ -40,10 +40,16 @@ from operators.sources.readers import PieceReader, PieceRows
 from operators.storage.checked import ObjectEntry
 from operators.storage.store import open_store
 
+if TYPE_CHECKING:
+    from operators.encoder import Encoder
+
 READ_ATTEMPTS = 3
 READ_BACKOFF_S = 1.0
 STORAGE_FAILED = "storage_failed"  # in the facts of a piece: arguments of the OSError that ends the job
 REFERENCE_TEXTS = 32
+BLOCK_BYTES = 32 << 20  # source bytes of the pieces of a block
+BLOCKS_PER_ENCODER = 16
+STAGE_VERBS = {"chunk": "chunking", "encode": "encoding", "commit": "committing"}  # in messages
 # Ray fuses a task operator into an actor pool when their resource requests are equal, which would tokenize inside the
 # encoders. A memory request that the encoders do not have keeps them apart.
 READ_MEMORY_BYTES = 512 << 20  # measured: 260 MB with the tokenizer and torch imported, 8192 short rows
@@ -55,6 +61,7 @@ ENVELOPE = pa.schema(
         pa.field("rejects", pa.large_binary()),  # Arrow IPC of schemas.REJECTS
         pa.field("queries", pa.large_binary()),  # Arrow IPC of schemas.QUERIES, once encoded
         pa.field("facts", pa.string(), nullable=False),  # counts so far, JSON
+        pa.field("spans", pa.string(), nullable=False),  # what the stages so far took, JSON (cluster/telemetry.py)
         pa.field("error", pa.string()),  # what failed, with its kind; the rest of the row is empty then
     ]
 )
@@ -84,6 +91,7 @@ class PieceResult:
     piece: Piece
     facts: dict[str, Any]
     error: str | None
+    spans: list[Span] = field(default_factory=list)  # of its stages, in order
 
 
 def stream_pieces(
@@ -93,47 +101,28 @@ def stream_pieces(
     *,
     piece_bytes: int,
     stall_timeout_s: float,
+    wait_for_nodes_s: float = 0.0,
     check: Callable[[], None] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Iterator[PieceResult]:
     """Run all pieces; yields each as it is committed or has failed, in no particular order.
 
-    Raises ResourceError when no piece ends for `stall_timeout_s`, OSError when the store takes no more. `check` is called
-    about once a second.
+    When nodes are lost it goes on with as many encoders as there is room for; `say` tells. Raises ResourceError when there
+    is room for none for `wait_for_nodes_s` or no piece ends for `stall_timeout_s`, OSError when the store takes no more.
+    `check` is called about once a second.
     """
-    dataset = _dataset(job, pieces, plan, piece_bytes)
-    results: queue.Queue[Any] = queue.Queue()
-
-    def consume() -> None:
+    pool = EncoderPool(plan, wait_for_nodes_s, say)
+    left = {piece.piece_id: piece for piece in pieces}
+    while left:
+        dataset = _dataset(job, list(left.values()), pool.plan, piece_bytes)
         try:
-            for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-                for line in batch.to_pylist():
-                    results.put(line)
-            results.put(None)
-        except BaseException as error:
-            results.put(error)
-
-    threading.Thread(target=consume, daemon=True, name="ray-data-consumer").start()
-    last_progress = time.monotonic()
-    while True:
-        try:
-            line = results.get(timeout=1.0)
-        except queue.Empty:
-            check_alive()
-            if check is not None:
-                check()
-            if time.monotonic() - last_progress > stall_timeout_s:
-                raise ResourceError(
-                    f"no piece was committed for {stall_timeout_s:.0f} s: the encoder pool ({plan.workers} x {plan.cpus_per_worker}"
-                    f" CPU, {plan.gpus_per_worker:g} GPU) may not be schedulable, or storage hangs; what was committed is kept,"
-                    " run again to resume (cluster.stall_timeout_s)"
-                ) from None
-            continue
-        if line is None:
+            for line in run_dataset(dataset, pool, stall_timeout_s=stall_timeout_s, check=check):
+                result = _result(line)
+                left.pop(result.piece.piece_id, None)
+                yield result
             return
-        if isinstance(line, BaseException):
-            raise ResourceError(f"the streaming job failed: {_first_line(line)}; run again to resume") from line
-        last_progress = time.monotonic()
-        yield _result(line)
+        except PoolChangedError:
+            continue
 
 
 def run_piece(job: StreamJob, piece: Piece, encode: EncodeStage) -> PieceResult:
@@ -147,7 +136,7 @@ def _result(line: dict[str, Any]) -> PieceResult:
     facts = json.loads(line["facts"])
     if STORAGE_FAILED in facts:
         raise OSError(*facts[STORAGE_FAILED])
-    return PieceResult(Piece.from_json(json.loads(line["piece"])), facts, line["error"])
+    return PieceResult(Piece.from_json(json.loads(line["piece"])), facts, line["error"], load_spans(line["spans"]))
 
 
 def _dataset(job: StreamJob, pieces: Sequence[Piece], plan: StreamPlan, piece_bytes: int) -> Any:
@@ -158,24 +147,31 @@ def _dataset(job: StreamJob, pieces: Sequence[Piece], plan: StreamPlan, piece_by
     context.target_max_block_size = None  # a piece is never split
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.memory_usage_poll_interval_s = None  # Ray Data would start a thread in every task to look at its memory
     context.issue_detectors_config.detectors = []  # advice to programmers of Ray Data; ours is measured by benchmarks
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+    together = pieces_per_task(plan, len(pieces), piece_bytes)
+    groups = [pieces[begin : begin + together] for begin in range(0, len(pieces), together)]
     # Blocks between the stages are what memory is spent on: bound them by the pieces in flight, not by the object store.
-    in_flight_bytes = plan.pieces_in_flight * max(2 * piece_bytes, 1 << 20)
+    in_flight_bytes = plan.pieces_in_flight * together * max(2 * piece_bytes, 1 << 20)
     context.execution_options.resource_limits = ExecutionResources(object_store_memory=in_flight_bytes)
     tasks = {"num_cpus": 1, "memory": READ_MEMORY_BYTES}
-    dataset = ray.data.read_datasource(_piece_source(job, pieces), override_num_blocks=len(pieces), **tasks)
+    dataset = ray.data.read_datasource(_piece_source(job, groups), override_num_blocks=len(groups), **tasks)
     dataset = dataset.map_batches(
         _chunk, batch_size=None, batch_format="pyarrow", zero_copy_batch=True, fn_kwargs={"job": job}, **tasks
     )
     dataset = dataset.map_batches(
         EncodeStage,
-        batch_size=None,
+        batch_size=together,  # a block: Ray Data 2.60 does not take None where GPUs are asked for
         batch_format="pyarrow",
         zero_copy_batch=True,
         fn_constructor_kwargs={"job": job},
         fn_kwargs={"job": job},
-        compute=ActorPoolStrategy(size=min(plan.workers, len(pieces))),
+        # Two calls an actor: the next block is fetched, and the last one stored, while this one is encoded. Ray Data runs
+        # the stage itself in one thread all the same.
+        compute=ActorPoolStrategy(
+            size=min(plan.workers, len(groups)), max_concurrent_calls_per_actor=2, max_tasks_in_flight_per_actor=2
+        ),
         num_cpus=plan.cpus_per_worker,
         num_gpus=plan.gpus_per_worker,
     )
@@ -184,8 +180,19 @@ def _dataset(job: StreamJob, pieces: Sequence[Piece], plan: StreamPlan, piece_by
     )
 
 
-def _piece_source(job: StreamJob, pieces: Sequence[Piece]) -> Any:
-    """A Ray Datasource with one read task a piece."""
+def pieces_per_task(plan: StreamPlan, num_pieces: int, piece_bytes: int) -> int:
+    """How many pieces travel as one block through the stages; each is committed by itself all the same.
+
+    A block costs 30 to 70 ms of CPU of Ray's own (benchmarks/scaling.py): 1% of what a CPU takes to encode a piece,
+    as much as to read and tokenize one for a GPU. More than a few blocks an encoder are left, so that all end together.
+    """
+    if not plan.gpus_per_worker:
+        return 1
+    return max(1, min(BLOCK_BYTES // piece_bytes, num_pieces // (BLOCKS_PER_ENCODER * plan.workers)))
+
+
+def _piece_source(job: StreamJob, groups: Sequence[Sequence[Piece]]) -> Any:
+    """A Ray Datasource with one read task a group of pieces."""
     from ray.data import Datasource, ReadTask
     from ray.data.block import BlockMetadata
 
@@ -194,19 +201,31 @@ def _piece_source(job: StreamJob, pieces: Sequence[Piece]) -> Any:
             return None
 
         def get_read_tasks(self, parallelism: int, *args: Any, **kwargs: Any) -> list[Any]:
-            metadata = BlockMetadata(num_rows=1, size_bytes=None, input_files=None, exec_stats=None)
-            return [ReadTask(functools.partial(_read, job, piece), metadata) for piece in pieces]
+            return [
+                ReadTask(
+                    functools.partial(_read_group, job, group),
+                    BlockMetadata(num_rows=len(group), size_bytes=None, input_files=None, exec_stats=None),
+                )
+                for group in groups
+            ]
 
     return PieceSource()
 
 
+def _read_group(job: StreamJob, pieces: Sequence[Piece]) -> list[pa.Table]:
+    return [pa.concat_tables([table for piece in pieces for table in _read(job, piece)])]
+
+
 def _read(job: StreamJob, piece: Piece) -> list[pa.Table]:
+    watch = Stopwatch()
     try:
-        found = read_piece(job, piece)
+        found, attempts = read_piece(job, piece)
     except ReadError as error:
-        return [_failure(piece, f"reading ({error.attempts} attempt(s))", error.cause)]
-    facts = {"num_rows_read": found.num_rows_read, "text_bytes": found.rows.column("text").nbytes}
-    return [_envelope(piece, found.rows, found.rejects, facts)]
+        table, attempts = _failure(piece, f"reading ({error.attempts} attempt(s))", error.cause), error.attempts
+    else:
+        facts = {"num_rows_read": found.num_rows_read, "text_bytes": found.rows.column("text").nbytes}
+        table = _envelope(piece, found.rows, found.rejects, facts)
+    return [_with_spans(table, [], watch.span("read", retries=attempts - 1))]
 
 
 class ReadError(Exception):
@@ -217,11 +236,11 @@ class ReadError(Exception):
         self.cause, self.attempts = cause, attempts
 
 
-def read_piece(job: StreamJob, piece: Piece) -> PieceRows:
-    """Rows of the piece, in a few attempts. Raises ReadError."""
+def read_piece(job: StreamJob, piece: Piece) -> tuple[PieceRows, int]:
+    """Rows of the piece, and how many attempts that took: a few at most. Raises ReadError."""
     for attempt in range(1, READ_ATTEMPTS + 1):
         try:
-            return PieceReader(job.read, open_store(job.store_url)).read(piece)
+            return PieceReader(job.read, open_store(job.store_url)).read(piece), attempt
         except Exception as error:  # timeouts and resets beyond the storage client's own retries look like damage
             if attempt == READ_ATTEMPTS or isinstance(error, SourceChangedError):
                 raise ReadError(error, attempt) from error
@@ -250,10 +269,18 @@ def _chunk(batch: pa.Table, job: StreamJob) -> pa.Table:
         cleaned, unclean = cleaner_of(job)(rows)
         chunks, dropped, counts = chunker_of(job)(cleaned)
         facts.update(counts)
-        facts["num_tokens"] = len(chunks.column("input_ids").combine_chunks().flatten()) if chunks.num_rows else 0
+        facts |= _token_facts(chunks)
         return _envelope(piece, chunks, pa.concat_tables([rejects, unclean, dropped]), facts)
 
-    return _each_piece(batch, "chunking", work)
+    return _each_piece(batch, "chunk", work)
+
+
+def _token_facts(chunks: pa.Table) -> dict[str, Any]:
+    """Tokens of the piece, and how many sequences have so many: by the lower end of a bin, which JSON keeps as a string."""
+    lengths = pc.list_value_length(chunks.column("input_ids")).drop_null().to_numpy()
+    in_bin = np.bincount(lengths // TOKEN_BIN)
+    counted = {str(number * TOKEN_BIN): int(in_bin[number]) for number in np.flatnonzero(in_bin).tolist()}
+    return {"num_tokens": int(lengths.sum()), "token_lengths": counted}
 
 
 def model_of(job: StreamJob) -> ModelSpec:
@@ -271,9 +298,18 @@ class EncodeStage:
     """An actor of the encoder pool: the model is loaded once."""
 
     def __init__(self, job: StreamJob) -> None:
+        self._encoder: Encoder
+        self._gpu: GpuSampler | None = None
+        self._compared_with: dict[tuple[str, ObjectEntry], dict[str, float] | ConfigError] = {}
+        self.load(job)
+
+    def load(self, job: StreamJob) -> None:
+        """Load the model."""
+        from operators.encoder import Encoder  # here: with torch it takes 2 s, which only who encodes shall wait
+
         self._encoder = Encoder(job.encode, model_of(job))
         self._encoder.setup()
-        self._compared_with: dict[tuple[str, ObjectEntry], dict[str, float] | ConfigError] = {}
+        self._gpu = GpuSampler.start(resolve_device(job.encode))
 
     @property
     def batch_tokens(self) -> int:
@@ -284,14 +320,12 @@ class EncodeStage:
         def work(piece: Piece, chunks: pa.Table, rejects: pa.Table, facts: dict[str, Any]) -> pa.Table:
             if job.reference is not None:
                 facts |= self._compared(job.store_url, job.reference)
-            start = time.perf_counter()
             encoded = self._encoder(chunks)
             queries = self._encoder.queries(chunks) if job.reference is None else None
-            facts["encode_s"] = time.perf_counter() - start
             facts["batch_tokens"] = self.batch_tokens
             return _envelope(piece, encoded, rejects, facts, queries)
 
-        return _each_piece(batch, "encoding", work)
+        return _each_piece(batch, "encode", work, self._gpu)
 
     def _compared(self, store_url: str, reference: ObjectEntry) -> dict[str, float]:
         """Cosines of the sample's vectors made now to the stored ones. Raises ConfigError when they are too far apart."""
@@ -316,16 +350,15 @@ def _commit(batch: pa.Table, job: StreamJob) -> pa.Table:
     }
 
     def work(piece: Piece, encoded: pa.Table, rejects: pa.Table, facts: dict[str, Any]) -> pa.Table:
-        timings = {"encode_s": facts.pop("encode_s")}
         drawn = queries[json.dumps(piece.to_json())]
         done = EncodedPiece(piece.piece_id, encoded, rejects, facts.pop("num_rows_read"), drawn, facts)
         record = commit_piece(open_store(job.store_url), job.run_prefix, done, job.inputs)
-        return _envelope(piece, None, None, {**record.facts, **timings})
+        return _envelope(piece, None, None, record.facts)
 
-    return _each_piece(batch, "committing", work)
+    return _each_piece(batch, "commit", work)
 
 
-def _each_piece(batch: pa.Table, stage: str, work: Callable[..., pa.Table]) -> pa.Table:
+def _each_piece(batch: pa.Table, stage: str, work: Callable[..., pa.Table], gpu: GpuSampler | None = None) -> pa.Table:
     """Apply a stage to every piece of a block (one, as the job is built); failures become rows with an error."""
     done = []
     for line in range(batch.num_rows):
@@ -334,13 +367,23 @@ def _each_piece(batch: pa.Table, stage: str, work: Callable[..., pa.Table]) -> p
             continue
         piece = Piece.from_json(json.loads(batch.column("piece")[line].as_py()))
         facts = json.loads(batch.column("facts")[line].as_py())
+        watch = Stopwatch()
         try:
             table = _unpack(batch.column("table")[line])
             rejects = _unpack(batch.column("rejects")[line])
-            done.append(work(piece, table, rejects, facts))
+            made = work(piece, table, rejects, facts)
         except Exception as error:
-            done.append(_failure(piece, stage, error))
+            made = _failure(piece, STAGE_VERBS[stage], error)
+        spans = load_spans(batch.column("spans")[line].as_py())
+        done.append(_with_spans(made, spans, watch.span(stage, gpu=gpu.take() if gpu else None)))
     return pa.concat_tables(done) if done else ENVELOPE.empty_table()
+
+
+def _with_spans(line: pa.Table, spans: list[Span], span: Span) -> pa.Table:
+    """The row with the spans of the stages before and of this one, which Ray's metrics hear of too."""
+    observe_span(span)
+    place = ENVELOPE.get_field_index("spans")
+    return line.set_column(place, ENVELOPE.field(place), pa.array([dump_spans([*spans, span])], pa.string()))
 
 
 def _envelope(
@@ -360,14 +403,15 @@ def _failure(piece: Piece, stage: str, error: BaseException) -> pa.Table:
         place = traceback.extract_tb(error.__traceback__)[-1]
         text = f"{type(error).__name__}: {_first_line(error)} (at {os.path.basename(place.filename)}:{place.lineno})"
     # Where one piece cannot be committed no other can: a full disk, a store that is down.
-    fatal = stage == "committing" and isinstance(error, OSError) and error.errno is not None
+    fatal = stage == STAGE_VERBS["commit"] and isinstance(error, OSError) and error.errno is not None
     facts = {STORAGE_FAILED: [error.errno, error.strerror, str(error.filename or "")]} if fatal else {}  # type: ignore[attr-defined]
     return _line(piece, [_packed(None)] * 3, facts, f"{stage}: {text}")
 
 
 def _line(piece: Piece, packed: list[pa.Array], facts: dict[str, Any], error: str | None) -> pa.Table:
-    texts = [pa.array([value], pa.string()) for value in (json.dumps(piece.to_json()), json.dumps(facts), error)]
-    return pa.table([texts[0], *packed, texts[1], texts[2]], schema=ENVELOPE)
+    values = (json.dumps(piece.to_json()), json.dumps(facts), "[]", error)
+    first, *others = [pa.array([value], pa.string()) for value in values]
+    return pa.table([first, *packed, *others], schema=ENVELOPE)
 
 
 def _packed(table: pa.Table | None) -> pa.Array:

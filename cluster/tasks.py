@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from cluster.session import check_alive
+from cluster.supply import Demand, SupplyWatch
 from operators.errors import ResourceError, VectormillError
 
 WORKER_CRASH_RETRIES = 3
@@ -19,6 +20,8 @@ def run_tasks(
     num_cpus: float = 1,
     num_gpus: float = 0,
     stall_timeout_s: float = 900.0,
+    wait_for_nodes_s: float = 0.0,
+    say: Callable[[str], None] | None = None,
     on_done: Callable[[int, Any], None] | None = None,
     check: Callable[[], None] | None = None,
     max_in_flight: int = 256,
@@ -27,7 +30,8 @@ def run_tasks(
 
     A worker that dies is replaced and its task run again (its commits make that safe). An exception of the function is
     kept until all other tasks have ended, then raised: a VectormillError as it is, with the number of further failures.
-    `check` is called about once a second. Raises ResourceError when nothing finishes for `stall_timeout_s`.
+    `check` is called about once a second. Raises ResourceError when nothing finishes for `stall_timeout_s`, or no node
+    could hold one such task for `wait_for_nodes_s`, which `say` tells before.
     """
     import ray
     from ray.exceptions import RayError, RayTaskError
@@ -37,6 +41,7 @@ def run_tasks(
     failures: list[tuple[int, Exception]] = []
     waiting = list(range(len(calls)))[::-1]
     running: dict[Any, int] = {}
+    supply = SupplyWatch(Demand(f"{function.__name__} task", num_cpus, num_gpus), wait_for_nodes_s, say)
     last_progress = time.monotonic()
     while waiting or running:
         while waiting and len(running) < max_in_flight:
@@ -67,6 +72,8 @@ def run_tasks(
         check_alive()
         if check is not None:
             check()
+        if not done:
+            supply.look()
         if time.monotonic() - last_progress > stall_timeout_s:
             raise ResourceError(
                 f"no {function.__name__} finished for {stall_timeout_s:.0f} s ({len(running)} running, {len(waiting)} waiting);"

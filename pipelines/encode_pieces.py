@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from cluster.in_process import pieces_in_turn
-from cluster.preflight import plan_stream
+from cluster.preflight import await_stream_plan
 from cluster.stream import StreamJob, stream_pieces
 from operators.cleaner import plugin_fingerprints
 from operators.encoder import NOT_THE_INDEX_ENCODER
@@ -66,8 +65,10 @@ def stream(context: RunContext, pieces: list[Piece], unreadable: list[str]) -> t
     missing = [piece for piece in pieces if piece.piece_id not in committed]
     failures = list(unreadable)
     if missing:
-        plan = plan_stream(
+        plan = await_stream_plan(
             context.session,
+            config.cluster.wait_for_nodes_s,
+            context.progress.say,
             workers=config.encode.workers,
             threads_per_worker=config.encode.threads_per_worker,
             use_gpu=context.uses_gpu,
@@ -76,9 +77,9 @@ def stream(context: RunContext, pieces: list[Piece], unreadable: list[str]) -> t
         if context.reference is None:  # else the encoders are held against it
             _check_parity(context, job, missing)
     context.progress.stage("encode pieces", total=len(pieces), done=len(pieces) - len(missing))
+    encoders = plan.workers if missing else 0
+    context.progress.expect_pieces(pieces, missing, encoders, context.session.in_process)
     if missing:
-        totals: Counter[str] = Counter()
-        started = time.monotonic()
         if context.session.in_process:
             results = pieces_in_turn(job, missing)
         else:
@@ -88,20 +89,18 @@ def stream(context: RunContext, pieces: list[Piece], unreadable: list[str]) -> t
                 plan,
                 piece_bytes=config.read.piece_bytes,
                 stall_timeout_s=config.cluster.stall_timeout_s,
-                check=context.check,
+                wait_for_nodes_s=config.cluster.wait_for_nodes_s,
+                check=context.watch,
+                say=context.progress.say,
             )
         for result in results:
-            context.check()
+            context.watch()
+            context.progress.piece_done(result)
             if result.error is not None:
                 names = ", ".join(o.source for o in result.piece.objects[:3])
                 failures.append(
                     f"{names} ({result.piece.kind} {result.piece.start}..{result.piece.end}): {result.error}"
                 )
-                continue
-            totals.update({name: result.facts[name] for name in ("num_docs", "num_tokens")})
-            seconds = time.monotonic() - started
-            rate = f"{totals['num_docs'] / seconds:,.0f} docs/s {totals['num_tokens'] / seconds:,.0f} tokens/s"
-            context.progress.advance(note=rate)
     unlike = [failure for failure in failures if NOT_THE_INDEX_ENCODER in failure]
     if unlike:
         raise ConfigError(unlike[0][unlike[0].index(NOT_THE_INDEX_ENCODER) :])
@@ -119,6 +118,7 @@ def stream(context: RunContext, pieces: list[Piece], unreadable: list[str]) -> t
         raise SourceError(
             f"{len(lost)} piece(s) were not committed although the job ended ({', '.join(lost[:3])}); run again"
         )
+    context.progress.telemetry.note_records(record.facts for record in records if record is not None)
     return [record for record in records if record is not None], {piece.piece_id for piece in missing}
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from cluster.in_process import tasks_in_turn
 from cluster.session import ClusterConfig, Session, connect, is_in_process
 from cluster.tasks import run_tasks
+from cluster.telemetry import with_span
 from operators.cleaner import plugin_fingerprints
 from operators.encoding.model_folder import ModelSpec
 from operators.fingerprint import index_fingerprint, piece_fingerprint
@@ -70,11 +71,26 @@ class RunContext:
 
     def tasks(self, function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], **options: Any) -> list[Any]:
         """Parallel tasks (without Ray: in turn) under this run's watch: epoch, stall timeout, progress."""
-        watch: dict[str, Any] = {"check": self.check, "on_done": lambda number, result: self.progress.advance()}
+        timed = with_span(function, function.__name__)
+        watch: dict[str, Any] = {
+            "check": self.watch,
+            "on_done": lambda number, result: self.progress.task_done(result[1]),
+        }
         if self.session.in_process:
-            return tasks_in_turn(function, calls, **watch)
-        stall_timeout_s = self.config.cluster.stall_timeout_s
-        return run_tasks(function, calls, stall_timeout_s=stall_timeout_s, **watch, **options)
+            results = tasks_in_turn(timed, calls, **watch)
+        else:
+            cluster = self.config.cluster
+            patience: dict[str, Any] = {
+                "stall_timeout_s": cluster.stall_timeout_s,
+                "wait_for_nodes_s": cluster.wait_for_nodes_s,
+            }
+            results = run_tasks(timed, calls, say=self.progress.say, **patience, **watch, **options)
+        return [result for result, _ in results]
+
+    def watch(self) -> None:
+        """What is done about once a second while others work: `check`, and progress that stays alive."""
+        self.check()
+        self.progress.tick()
 
 
 @contextmanager
@@ -83,7 +99,7 @@ def open_session(cluster: ClusterConfig, shown: RunProgress, *, is_small: bool =
     here = is_in_process(cluster, is_small)
     if not here:
         shown.stage("start Ray")
-    with connect(dataclasses.replace(cluster, where="process" if here else "ray")) as session:
+    with connect(dataclasses.replace(cluster, where="process" if here else "ray"), shown.say) as session:
         yield session
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import torch
-
 from operators.encoding.model_folder import ModelSpec, load_spec, resolve_model
 from operators.errors import ConfigError
 from operators.settings import operational, semantic
@@ -88,6 +86,8 @@ def configured_model(config: EncodeConfig) -> ModelSpec:
 
 def resolve_device(config: EncodeConfig) -> str:
     """`cuda` or `cpu` on this machine; int8 is the CPU's. ConfigError when CUDA is asked for and absent."""
+    import torch  # not above: it takes 2 s and 150 MB, and every process of a run knows these settings
+
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("encode.device must be auto or cpu on a machine without a CUDA device, got 'cuda'")
     if config.device == "auto" and config.precision == "int8":
@@ -112,12 +112,16 @@ def precision_of_run(config: EncodeConfig) -> str:
     """The precision of all workers of a run, decided on the driver. ConfigError where `auto` cannot be decided there."""
     if config.precision != "auto":
         return config.precision
+    import torch
+
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(NEEDS_PRECISION)
     return resolve_precision(config)
 
 
 def _multiplies_bfloat16(device: str) -> bool:
+    import torch
+
     if device == "cuda":
         return torch.cuda.get_device_capability() >= (8, 0)
     capabilities = torch.cpu.get_capabilities()

@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from cluster.preflight import StreamPlan
 from cluster.session import ClusterConfig, connect
-from cluster.stream import StreamJob, _dataset
+from cluster.stream import (
+    EncodeStage,
+    StreamJob,
+    _chunk,
+    _commit,
+    _dataset,
+    _read_group,
+    pieces_per_task,
+    run_piece,
+)
 from operators.chunker import ChunkConfig
-from operators.encoding.encode_config import EncodeConfig
+from operators.encoding.encode_config import EncodeConfig, configured_model
+from operators.piece_store import piece_key, read_table
 from operators.sources.listing import list_sources
 from operators.sources.pieces import plan_pieces
 from operators.sources.read_config import ReadConfig
+from operators.storage.commits import read_record
+from operators.storage.store import open_store
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_tokenizing_is_not_fused_into_the_encoders(ray_cluster: str, tmp_path: Path) -> None:
@@ -35,3 +54,57 @@ def test_tokenizing_is_not_fused_into_the_encoders(ray_cluster: str, tmp_path: P
         "ActorPoolMapOperator: MapBatches(EncodeStage)",
         "TaskPoolMapOperator: ReadPieceSource->MapBatches(_chunk)",
     ]
+
+
+def test_stages_are_known_without_torch() -> None:
+    program = (
+        "import sys; import cluster.stream; print([m for m in ('torch', 'transformers', 'ray') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_pieces_travel_alone_on_cpus_and_together_on_gpus_while_there_are_many_and_small_ones() -> None:
+    cpus, gpus = StreamPlan(2, 1, 0.0, 8), StreamPlan(2, 1, 1.0, 8)
+    assert pieces_per_task(cpus, 100_000, 4 << 20) == 1
+    assert pieces_per_task(gpus, 100_000, 4 << 20) == 8  # 32 MB
+    assert pieces_per_task(gpus, 100_000, 64 << 20) == 1
+    assert pieces_per_task(gpus, 100, 4 << 20) == 3  # 34 blocks, so that two encoders end together
+    assert pieces_per_task(gpus, 1, 4 << 20) == 1
+
+
+def test_pieces_of_one_block_are_committed_each_by_itself_with_the_bits_of_pieces_that_travel_alone(
+    tmp_path: Path,
+) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    for name in "abcd":
+        rows = [
+            {"id": f"{name}{number}", "text": f"text {number} of {name}, {'long ' * number}"} for number in range(9)
+        ]
+        (source / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pieces = plan_pieces(list_sources([str(source)]).objects, ReadConfig()).pieces({})
+    (source / "c.jsonl").unlink()
+    encode = EncodeConfig(device="cpu")
+    fingerprint = configured_model(encode).fingerprint
+
+    def job_at(root: str) -> StreamJob:
+        return StreamJob(str(tmp_path / root), "runs/x", "i", fingerprint, ReadConfig(), ChunkConfig(), encode)
+
+    together, alone = job_at("together"), job_at("alone")
+    stage = EncodeStage(together)
+    (block,) = _read_group(together, pieces)
+    lines = _commit(stage(_chunk(block, together), together), together).to_pylist()
+    errors = [line["error"] for line in lines]
+    assert [error is None for error in errors] == [True, True, False, True]
+    assert "c.jsonl" in errors[2]
+    for piece in (pieces[0], pieces[1], pieces[3]):
+        assert run_piece(alone, piece, stage).error is None
+        tables: list[pa.Table] = []
+        for job in (together, alone):
+            store = open_store(job.store_url)
+            record = read_record(store, piece_key(job.run_prefix, piece.piece_id))
+            assert record is not None
+            tables.append(read_table(store, record.objects["encoded"]))
+        assert tables[0].num_rows == 9
+        assert tables[0].equals(tables[1])

@@ -1,0 +1,136 @@
+"""The search service as a Ray Serve deployment: replicas that Ray starts, watches and replaces.
+
+On a cluster, and in KubeRay's RayService, the import path is `cluster.serving:build_app`, with the arguments of `ServingArgs`:
+
+    applications:
+      - name: vectormill
+        import_path: cluster.serving:build_app
+        route_prefix: /
+        args: {root: s3://bucket/index, replicas: 2, threads_per_replica: 4, settings: {token_env: VECTORMILL_TOKEN}}
+
+`run` does the same on this machine, for `vectormill serve`.
+"""
+# No `from __future__ import annotations` here: Ray Serve 2.60 looks at the annotation of build_app itself, and would not
+# know the class by its name.
+
+import contextlib
+import importlib
+import logging
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import ray
+from pydantic import BaseModel, ConfigDict, Field
+from ray import serve
+
+APPLICATION = "vectormill"
+DEPLOYMENT = "search"
+# Requests that Serve hands to a replica before it queues them itself. The replica's own bound (settings.max_queue) is what
+# refuses: it counts queries, answers in JSON and says when to come again.
+MAX_ONGOING_REQUESTS = 4096
+OBJECT_STORE_BYTES = 100 << 20  # Serve sends requests as messages, not as objects
+
+
+class ServingArgs(BaseModel):
+    """Arguments of `build_app`, as a Serve configuration gives them."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    root: str = Field(description="the index: a folder that all nodes see, or s3://bucket/name")
+    replicas: int = Field(1, ge=1, description="processes that each hold the index open")
+    threads_per_replica: int = Field(
+        1, ge=1, description="CPU threads of a replica's search and of its encoder, and its CPUs"
+    )
+    hosts: list[str] = Field(default=[], description="names in the Host header that are answered; empty: all")
+    settings: dict[str, Any] = Field(
+        default={},
+        description="further fields of pipelines.service.settings.ServiceSettings: nprobe, max_k, token_env, ...",
+    )
+    app: str = Field(
+        default="pipelines.service.api:create_app",
+        description="module:function of (settings, hosts) that makes the ASGI application",
+    )
+    drain_s: float = Field(20.0, gt=0, description="what a replica gets to finish its requests before it is ended")
+
+
+def build_app(args: ServingArgs) -> serve.Application:
+    """The Serve application. Index and model are opened in the replicas, which take requests once both are warm."""
+    replica: Any = SearchReplica  # Serve's decorator has put a Deployment in the class's place
+    deployment = replica.options(
+        num_replicas=args.replicas,
+        ray_actor_options={"num_cpus": args.threads_per_replica},
+        max_ongoing_requests=MAX_ONGOING_REQUESTS,
+        max_queued_requests=MAX_ONGOING_REQUESTS,
+        graceful_shutdown_timeout_s=args.drain_s + 5.0,
+        health_check_period_s=5.0,
+        health_check_timeout_s=30.0,
+    )
+    app: serve.Application = deployment.bind(args.model_dump())
+    return app
+
+
+@serve.deployment(name=DEPLOYMENT)
+@serve.ingress()
+class SearchReplica:
+    """One process with an open index. The application itself knows nothing of Ray."""
+
+    def __init__(self, args: dict[str, Any]) -> None:
+        self._args = ServingArgs(**args)
+
+    def __serve_build_asgi_app__(self) -> Callable[..., Any]:
+        args = self._args
+        module, name = args.app.split(":")
+        create_app = getattr(importlib.import_module(module), name)
+        fields = {**args.settings, "root": args.root, "threads": args.threads_per_replica, "drain_s": args.drain_s}
+        app: Callable[..., Any] = create_app(fields, hosts=args.hosts)
+        return app
+
+
+def run(args: ServingArgs, host: str, port: int, keep_alive_s: int, ready: Callable[[str], None]) -> None:
+    """Serve on this machine until SIGTERM or SIGINT; then what is in flight is answered, and Ray is stopped.
+
+    keep_alive_s: what an idle connection is kept. ready: called with the URL once requests are taken. Raises what the replicas raised when they cannot start.
+    """
+    stop = threading.Event()
+    with _local_ray(args), _signals(stop):  # in this order: Ray sets a handler of its own
+        serve.start(
+            proxy_location="HeadOnly",
+            http_options={"host": host, "port": port, "request_timeout_s": None, "keep_alive_timeout_s": keep_alive_s},
+            logging_config={"enable_access_log": False, "log_level": "WARNING"},
+        )
+        serve.run(build_app(args), name=APPLICATION, logging_config={"enable_access_log": False, "log_level": "INFO"})
+        ready(f"http://{host}:{port}")
+        stop.wait()
+        serve.delete(APPLICATION)
+        serve.shutdown()
+
+
+@contextlib.contextmanager
+def _signals(stop: threading.Event) -> Iterator[None]:
+    """For the block: SIGTERM and SIGINT set `stop`."""
+    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _local_ray(args: ServingArgs) -> Iterator[None]:
+    """For the block: a Ray of this machine's own, on loopback, with token authentication and without a dashboard."""
+    ray.init(
+        num_cpus=args.replicas * args.threads_per_replica + 1,
+        object_store_memory=OBJECT_STORE_BYTES,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        configure_logging=True,
+        _node_ip_address="127.0.0.1",
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()

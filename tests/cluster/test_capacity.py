@@ -1,0 +1,237 @@
+"""The arithmetic of plans: units are those of the code, bytes add up, nothing shrinks as the corpus grows."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cluster import capacity_bytes, capacity_memory, capacity_requests, capacity_time
+from cluster.capacity import (
+    Coefficient,
+    Coefficients,
+    Corpus,
+    Fleet,
+    ModelShape,
+    Workload,
+    measured,
+    memory_peaks,
+    size_pods,
+)
+from cluster.capacity_bytes import PUBLISHED, object_bytes
+from cluster.capacity_requests import stage_requests
+from cluster.capacity_time import kmeans_rows, pq_rows, stage_times
+from cluster.coefficients import HERE
+from cluster.gpu_rates import CITED, cited_rate
+from cluster.preflight import plan_stream
+from cluster.session import Session
+from cluster.workload import TABLE_DOCUMENTS
+from kernels import kmeans
+from kernels import pq as kernels_pq
+from operators import query_sample, row_ids, trainer
+from operators.artifact import exact_neighbours, verifier
+from operators.errors import ConfigError
+from operators.sources.listing import list_sources
+from operators.sources.pieces import plan_pieces
+from operators.sources.read_config import ReadConfig
+from operators.storage import checked, s3_store
+from pipelines import index_build
+from pipelines.index_build import group_pieces
+
+ROOT = Path(__file__).resolve().parents[2]
+MINILM = ModelShape("all-MiniLM-L6-v2", 384, 384, 6, 22.7e6)
+SIZES = (1, 100, 1500, 8000, 45_000, 10**6, 10**7, 10**8, 10**9)
+
+
+def a_workload(num_docs: int, **changes: Any) -> Workload:
+    fleet = changes.pop("fleet", Fleet(1, 2, 24e9))
+    corpus = Corpus(num_docs, 33, 106, num_objects=max(1, num_docs // 10**6))
+    return Workload(corpus, MINILM, fleet, on_s3=False, **changes)
+
+
+def known(**more: float) -> Coefficients:
+    """The committed coefficients, with a storage and a GPU."""
+    table = measured().table
+    values = {"gpu_tokens_per_s": 1e6, "storage_get_s": 0.03, "storage_put_s": 0.03, "storage_bytes_per_s": 1e9, **more}
+    return Coefficients(table | {name: Coefficient(value, "", "test") for name, value in values.items()})
+
+
+def test_planning_imports_neither_ray_nor_torch() -> None:
+    program = "import cluster.capacity, cluster.capacity_time, cluster.gpu_rates, sys; print({'ray', 'torch'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_rows_of_training_are_those_of_the_kernels() -> None:
+    for rows, lists, iterations in (
+        (3000, 64, 8),
+        (65_536, 512, 8),
+        (6_553_600, 65_536, 8),
+        (100, 8, 3),
+        (5000, 40, 11),
+    ):
+        steps = [kmeans._row_step(number, iterations, rows, lists) for number in range(1, iterations + 1)]
+        assert kmeans_rows(rows, lists, iterations) == sum(len(range(0, rows, step)) for step in steps)
+    for rows, nbits, iterations in ((10_240, 8, 16), (65_536, 8, 16), (900, 4, 5)):
+        assert pq_rows(rows, nbits, iterations) == sum(kernels_pq._part_sizes(rows, 1 << nbits, iterations))
+
+
+def test_constants_are_those_of_the_code() -> None:
+    assert capacity_time.HASHES_PER_PASS == capacity_requests.HASHES_PER_PASS == row_ids.HASHES_PER_PASS
+    assert capacity_memory.HASHES_PER_PASS == row_ids.HASHES_PER_PASS
+    assert capacity_memory.PQ_TRAIN_POINTS == trainer.PQ_TRAIN_POINTS
+    assert capacity_time.QUERIES_PER_PIECE == capacity_bytes.QUERIES_PER_PIECE == query_sample.QUERIES_PER_PIECE
+    assert capacity_time.PQ_TRAIN_POINTS == trainer.PQ_TRAIN_POINTS
+    assert capacity_time.REENCODED_ENTRIES == verifier.REENCODED_ENTRIES
+    assert capacity_time.MIN_ROWS_PER_CENTROID == kmeans.MIN_ROWS_PER_CENTROID
+    assert (capacity_time.MAX_EXACT_LISTS, capacity_time.GROUP_ITERATIONS) == (
+        kmeans.MAX_EXACT,
+        kmeans.GROUP_ITERATIONS,
+    )
+    assert capacity_time.ROWS_PER_CODEWORD == kernels_pq.ROWS_PER_CODEWORD
+    assert capacity_bytes.BLOCK_BYTES == checked.BLOCK_BYTES
+    assert capacity_bytes.EXACT_KEPT == exact_neighbours.KEPT
+    assert capacity_requests.MULTIPART_BYTES == s3_store.PART_BYTES
+    assert TABLE_DOCUMENTS == index_build.TABLE_DOCUMENTS
+
+
+def test_every_committed_coefficient_stands_in_the_result_that_it_names() -> None:
+    here = json.loads((ROOT / HERE).read_text())["coefficients"]
+    for name, one in measured().table.items():
+        assert one.unit, name
+        if one.source == HERE:
+            assert one.value == pytest.approx(here[name], rel=1e-6), name
+        else:
+            assert (ROOT / one.source.split(",")[0].split(":")[0]).exists(), (name, one.source)
+
+
+@pytest.mark.parametrize("rows_of_group", [400, 1024, 3000])
+def test_pieces_are_as_many_as_the_reader_cuts(rows_of_group: int, tmp_path: Path) -> None:
+    rows = 5000
+    table = pa.table({"id": [f"{n:016d}" for n in range(rows)], "text": ["a word or two, " * 7] * rows})
+    pq.write_table(
+        table, tmp_path / "corpus.parquet", row_group_size=rows_of_group, compression="none", use_dictionary=False
+    )
+    read = ReadConfig(piece_rows=rows_of_group)
+    found = plan_pieces(list_sources([str(tmp_path)]).objects, read).pieces({})
+    work = Workload(Corpus(rows, 20, 105), MINILM, Fleet(1, 2, 24e9), read)
+    assert work.num_pieces == len(found)
+
+
+def test_shards_tables_and_waves_are_as_many_as_the_build_makes() -> None:
+    for pieces, rows, shard_rows in ((7, 1000, 2500), (45, 1024, 8192), (3, 50_000, 10_000)):
+        records: Any = [SimpleNamespace(facts={"num_chunks": rows, "num_docs": rows})] * pieces
+        numbered: Any = SimpleNamespace(counts=[rows] * pieces, bases=[0] * pieces, dropped={})
+        work = a_workload(
+            pieces * rows,
+            read=ReadConfig(piece_rows=rows, piece_bytes=1 << 30),
+            index=dataclasses.replace(a_workload(1).index, shard_rows=shard_rows, merge_fan_in=2),
+        )
+        assert work.num_pieces == pieces
+        assert work.num_shards == len(group_pieces(records, numbered, shard_rows))
+        assert work.num_tables == len(index_build.ledger_groups(records))
+        assert not work.runs_of_waves or (work.runs_of_waves[-1] <= 2 < ([work.num_shards, *work.runs_of_waves])[-2])
+
+
+@pytest.mark.parametrize(
+    ("fleet", "threads"),
+    [(Fleet(1, 2, 1e9), 1), (Fleet(4, 16, 1e9, 8, "a100", False), 1), (Fleet(3, 8, 1e9, is_local=False), 3)],
+)
+def test_encoders_are_as_many_as_the_preflight_check_gives(fleet: Fleet, threads: int) -> None:
+    work = a_workload(10**7, fleet=fleet, threads_per_worker=threads)
+    session = Session(fleet.num_slots, fleet.num_gpus, fleet.cpus_per_node)
+    from cluster.supply import NodeSupply
+
+    slots = fleet.cpus_per_node + (1 if fleet.is_local else 0)
+    session = dataclasses.replace(session, nodes=tuple([NodeSupply(slots, fleet.gpus_per_node)] * fleet.num_nodes))
+    found = plan_stream(session, workers=0, threads_per_worker=threads, use_gpu=work.uses_gpu, pieces_in_flight=0)
+    assert (work.num_encoders, work.pieces_in_flight) == (found.workers, found.pieces_in_flight)
+
+
+def test_nothing_shrinks_as_the_corpus_grows() -> None:
+    c = known()
+    before: dict[str, float] = {}
+    for num_docs in SIZES:
+        work = dataclasses.replace(a_workload(num_docs), on_s3=True)
+        reads, writes = (sum(pair[i] for pair in stage_requests(work, c).values()) for i in (0, 1))
+        now = {
+            "seconds": sum(stage.seconds for stage in stage_times(work, c)),
+            "reads": reads,
+            "writes": writes,
+            **{kind: size for kind, size in object_bytes(work, c).items() if kind != "merge waves"},
+            # A group's share of the sample is smaller where there are more groups.
+            **{f"{p.stage} {p.process}": p.size_bytes for p in memory_peaks(work, c) if p.stage != "draw samples"},
+        }
+        smaller = [name for name, value in now.items() if value < 0.999 * before.get(name, 0.0)]
+        assert not smaller, (num_docs, smaller)
+        before = now
+
+
+def test_more_machines_take_no_longer_and_faster_ones_less() -> None:
+    c = known()
+    times = [
+        sum(s.seconds for s in stage_times(a_workload(10**8, fleet=Fleet(nodes, 16, 64e9, is_local=False)), c))
+        for nodes in (1, 2, 8, 64)
+    ]
+    assert times == sorted(times, reverse=True)
+    slow, fast = (
+        sum(
+            s.seconds
+            for s in stage_times(
+                a_workload(10**8, fleet=Fleet(8, 16, 64e9, 4, "a100", False)), known(gpu_tokens_per_s=rate)
+            )
+        )
+        for rate in (1e4, 1e6)
+    )
+    assert fast < slow
+
+
+def test_fixed_formats_are_counted_to_the_byte() -> None:
+    work = a_workload(3000)
+    sizes = object_bytes(work, known())
+    nlist = work.sizes.nlist
+    assert (nlist, work.sizes.M) == (64, 48)
+    assert sizes["inverted lists"] == 3000 * (48 + 8) + 8 * nlist + 32
+    assert sizes["vectors for refinement"] == 3000 * 2 * 384 + 128
+    assert set(PUBLISHED) <= set(sizes)
+
+
+def test_a_stage_is_bound_by_its_largest_part() -> None:
+    for stage in stage_times(a_workload(10**7), known()):
+        assert stage.seconds >= max(stage.parts.values(), default=0.0)
+        assert not stage.parts or stage.parts[stage.binds] == max(stage.parts.values())
+
+
+def test_pods_hold_every_peak_and_the_head_the_ledger() -> None:
+    fleet = Fleet(8, 32, 256e9, 8, "h100", is_local=False)
+    work, c = a_workload(10**9, fleet=fleet), known()
+    pods = size_pods(work, c)
+    assert pods.gpu_workers is not None and pods.cpu_workers is None
+    assert pods.gpu_workers.memory_bytes > max(peak.size_bytes for peak in memory_peaks(work, c))
+    assert size_pods(work, c, for_updates=True).head.memory_bytes > 200e9 > pods.head.memory_bytes
+
+
+def test_a_public_figure_of_a_gpu_is_named_as_such_and_none_is_made_up() -> None:
+    rate = cited_rate("h100", MINILM)
+    assert rate.source.startswith(CITED)
+    assert "an A100's" in rate.note and "e5-small" in rate.note
+    assert "an A100's" not in cited_rate("a100", MINILM).note
+    with pytest.raises(ConfigError, match=r"nor a public figure for a l4.*--calibrate.*--tokens-per-s-per-gpu"):
+        cited_rate("l4", MINILM)
+    with pytest.raises(ConfigError, match="nor a public figure for 48 layers of 4096"):
+        cited_rate("a100", ModelShape("large", 4096, 4096, 48, 7e9))
+
+
+def test_a_plan_refuses_a_corpus_and_machines_that_cannot_be() -> None:
+    with pytest.raises(ConfigError, match="num_docs of a plan must be at least 1, got 0"):
+        Corpus(0, 10, 10)
+    with pytest.raises(ConfigError, match="cpus_per_node of a plan must be at least 1, got 0"):
+        Fleet(1, 0, 1e9)
