@@ -128,14 +128,14 @@ def _checked(key: str, value: Any, origin: str) -> tuple[str, str, Any]:
         raise ConfigError(f"unknown setting {key!r} ({origin}){hint}")
     section, name = key.split(".", 1)
     wanted = typing.get_type_hints(_section_type(section))[name]
-    return section, name, _converted(key, value, wanted, origin)
+    return section, name, converted_value(key, value, wanted, origin)
 
 
 def _sections() -> list[str]:
     return [f.name for f in dataclasses.fields(RunConfig)]
 
 
-def _converted(key: str, value: Any, wanted: Any, origin: str) -> Any:
+def converted_value(key: str, value: Any, wanted: Any, origin: str) -> Any:
     """`value` as the field's type; text from the command line is parsed, TOML values must fit."""
     from_text = origin == "--set"
     base = typing.get_origin(wanted) or wanted
