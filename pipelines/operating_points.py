@@ -58,9 +58,13 @@ def point_for(store: Store, manifest: Manifest, recall: float) -> tuple[int, int
     The stored operating point with the lowest recall that suffices; else the point that the manifest itself carries.
     Raises ConfigError, saying what there is and how to measure more, when neither reaches it.
     """
+    return choose_point(read_operating_points(store, manifest.version), manifest, recall, store.url)
+
+
+def choose_point(stored: dict[str, Any] | None, manifest: Manifest, recall: float, url: str) -> tuple[int, int]:
+    """As `point_for`, given what `read_operating_points` found; url: of the root, for the message."""
     if not 0 < recall < 1:
         raise ConfigError(f"recall must be between 0 and 1, got {recall:g} (--recall)")
-    stored = read_operating_points(store, manifest.version)
     points = [] if stored is None else stored["points"]
     enough = [point for point in points if point["recall"] >= recall]
     if enough:
@@ -71,8 +75,8 @@ def point_for(store: Store, manifest: Manifest, recall: float) -> tuple[int, int
         return int(quality["nprobe"]), int(quality["refine_factor"])
     known = sorted({*(f"{point['recall']:g}" for point in points), f"{quality['recall@10']:.4f}"})
     raise ConfigError(
-        f"no operating point of {manifest.version} at {store.url} reaches recall {recall:g}, known are {', '.join(known)} (--recall);"
-        f" measure it with `vectormill eval {store.url} --recall {recall:g}`, or give --nprobe and --refine-factor"
+        f"no operating point of {manifest.version} at {url} reaches recall {recall:g}, known are {', '.join(known)} (--recall);"
+        f" measure it with `vectormill eval {url} --recall {recall:g}`, or give --nprobe and --refine-factor"
     )
 
 

@@ -22,6 +22,7 @@ from operators.artifact.index import Index, Neighbours
 from operators.artifact.manifest import Manifest
 from operators.cleaner import CleanConfig, clean_text
 from operators.encoding.encode_config import EncodeConfig
+from operators.encoding.text_encoder import TextEncoder
 from operators.errors import ConfigError
 from operators.storage.filesystem import filesystem_for, is_local
 from operators.storage.store import open_store
@@ -100,17 +101,21 @@ def check_search_settings(manifest: Manifest, k: int, nprobe: int | None, refine
         )
 
 
-def encode_queries(manifest: Manifest, texts: Sequence[str], model: str | None) -> npt.NDArray[np.float32]:
-    """Vectors float32 [Q, d] of the texts, cleaned as the corpus was, by the model and settings that made the version."""
+def corpus_encoder(manifest: Manifest, model: str | None, threads: int | None = None) -> TextEncoder:
+    """The encoder that made the version's vectors, for queries. threads: other than the corpus's were.
+
+    Raises ConfigError when the model cannot be loaded, FingerprintError when it is another one.
+    """
     stored = manifest.config["encode"]
     # The place and the device are this machine's; what changes a vector is as it was when the corpus was encoded.
     # (float16 is the GPUs' and near to float32. A revision is the hub's; the fingerprint tells whether the model is the one.)
     here = {"device": "auto", "outputs": (), "model": stored["model"] if model is None else model}
     here |= {} if model is None else {"revision": ""}
     here |= {"precision": "float32"} if stored["precision"] == "float16" and not torch.cuda.is_available() else {}
+    here |= {} if threads is None else {"threads_per_worker": threads}
     config = EncodeConfig(**{**stored, **here})
     try:
-        encoder = query_encoder(config, manifest.model["fingerprint"])
+        return query_encoder(config, manifest.model["fingerprint"])
     except ConfigError as error:
         if model is not None:
             raise
@@ -118,6 +123,11 @@ def encode_queries(manifest: Manifest, texts: Sequence[str], model: str | None) 
             f"the model that this index was built with cannot be loaded from where it was then ({stored['model']!r}):"
             f" {error}; say where it is now with --model"
         ) from None
+
+
+def encode_queries(manifest: Manifest, texts: Sequence[str], model: str | None) -> npt.NDArray[np.float32]:
+    """Vectors float32 [Q, d] of the texts, cleaned as the corpus was, by the model and settings that made the version."""
+    encoder = corpus_encoder(manifest, model)
     stored_clean = manifest.config.get("clean", {})
     clean = CleanConfig(**{**stored_clean, "keep": tuple(stored_clean.get("keep", ()))})
     cleaned = [clean_text(clean, text) for text in texts]

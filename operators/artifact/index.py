@@ -8,17 +8,18 @@ Q queries, d dimensions, k hits, C candidates.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
-from kernels.topk import exact_search, rescore
+from kernels.rescore import score_pairs
+from kernels.topk import exact_search
+from operators import schemas
+from operators.artifact.doc_id_prefixes import DocIdPrefixes
 from operators.artifact.joined_segments import (
     JOINED_BYTES,
     JoinedSegments,
@@ -30,14 +31,18 @@ from operators.artifact.list_run import RunReader
 from operators.artifact.list_scanner import ListScanner
 from operators.artifact.manifest import Manifest, PartRef, open_current, read_current, read_part_records
 from operators.artifact.mapped_segment import MappedSegment
+from operators.artifact.mapped_vectors import MappedVectors
 from operators.artifact.open_files import OpenFiles
 from operators.artifact.quantizer import read_quantizer
+from operators.artifact.row_groups import RowGroups
 from operators.errors import ConfigError, IndexNotFoundError, IntegrityError
+from operators.storage.checked import ObjectEntry
 from operators.storage.commits import CommitRecord
 from operators.storage.store import Store
 
 EXACT_BLOCK_ROWS = 65_536
-_CACHED_ROW_GROUPS = 256
+ROW_CACHE_BYTES = 64 << 20  # decoded row groups that an open index keeps
+EXACT_AMONG = 16_384  # so many entries with a prefix are scored each rather than found by their codes
 OPENED_AT_ONCE = 16
 CACHE_BYTES = 256 << 20  # verified blocks that an open index keeps, over all parts
 
@@ -64,8 +69,20 @@ class Index:
     A server holds one, and between two requests moves on: `index = index.reopened()`.
     """
 
-    def __init__(self, store: Store, manifest: Manifest, *, joined_bytes: int = JOINED_BYTES) -> None:
-        """Open the version. joined_bytes: how much of small deltas is read into memory now, to be searched together."""
+    def __init__(
+        self,
+        store: Store,
+        manifest: Manifest,
+        *,
+        joined_bytes: int = JOINED_BYTES,
+        row_cache_bytes: int = ROW_CACHE_BYTES,
+        copies: bool = False,
+    ) -> None:
+        """Open the version. joined_bytes: how much of small deltas is read into memory now, to be searched together.
+
+        row_cache_bytes: of decoded rows that are kept. copies: of a remote root vectors and rows are fetched into the cache
+        now, too, and not read as they are needed.
+        """
         self.store = store
         self.manifest = manifest
         self.quantizer = read_quantizer(store, manifest.quantizer_entry, manifest.list_assignment)
@@ -76,7 +93,7 @@ class Index:
         in_memory = {part for number in joined for part in range(first_part[number], first_part[number + 1])}
         kept = [record.objects["rows"].key for record in records]
         kept += [record.objects["vectors"].key for part, record in enumerate(records) if part not in in_memory]
-        files = OpenFiles(store, kept)
+        files = OpenFiles(store, kept, {e.key: e for r in records for e in r.objects.values()} if copies else {})
         cache_bytes = CACHE_BYTES // (3 * max(1, len(refs)))
 
         def open_part(ref: PartRef, record: CommitRecord) -> RunReader:
@@ -99,7 +116,17 @@ class Index:
         loaded = [segment for segment in segments if isinstance(segment, LoadedSegment)]
         self._joined = JoinedSegments(loaded, manifest.nlist, self.quantizer.code_size) if loaded else None
         self._scanner = ListScanner(self.quantizer, self._mapped, self._joined)
-        self._row_groups: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
+        self._vectors = [
+            None if part in in_memory else self._map_vectors(files, record.objects["vectors"], record.facts)
+            for part, record in enumerate(records)
+        ]
+        self.row_groups = RowGroups(self.parts, row_cache_bytes)
+        self.prefixes = DocIdPrefixes(store, manifest, self.row_ids_of, self._are_live)
+
+    def _map_vectors(self, files: OpenFiles, entry: ObjectEntry, facts: dict[str, Any]) -> MappedVectors | None:
+        """None where the object is remote."""
+        path = files.local_path(entry.key)
+        return None if path is None else MappedVectors(path, entry, facts["num_entries"], self.manifest.d)
 
     def _check_lists(self, number: int, readers: list[RunReader]) -> None:
         """Raise IntegrityError unless the parts cover all lists in order and hold the segment's rows."""
@@ -116,12 +143,12 @@ class Index:
             )
 
     @staticmethod
-    def open(store: Store) -> Index:
-        """The published version. Raises IndexNotFoundError, IntegrityError."""
+    def open(store: Store, **options: Any) -> Index:
+        """The published version, with options of the constructor. Raises IndexNotFoundError, IntegrityError."""
         while True:
             manifest = open_current(store)
             try:
-                return Index(store, manifest)
+                return Index(store, manifest, **options)
             except IntegrityError:
                 if open_current(store).content_digest == manifest.content_digest:
                     raise
@@ -145,13 +172,37 @@ class Index:
         return self if self.is_current() else Index.open(self.store)
 
     def search(
-        self, queries_Qd: np.ndarray, k: int, *, nprobe: int | None = None, refine_factor: int | None = None
+        self,
+        queries_Qd: np.ndarray,
+        k: int,
+        *,
+        nprobe: int | None = None,
+        refine_factor: int | None = None,
+        prefix: str | None = None,
     ) -> Neighbours:
         """The k best live entries of each query float32 [Q, d]; None takes what the manifest stores.
 
         refine_factor 0 gives the order of the codes alone, as plain faiss does; otherwise k * refine_factor candidates
         are scored again with the stored float16 vectors. Scores: inner product, or negative squared distance.
+
+        prefix: only of documents whose id begins with it. Where there are few such rows (EXACT_AMONG of the version, or
+        of a query's probed lists), all of them are scored with their stored vectors. Else the codes of the probed lists
+        choose candidates from among them. Where the probed lists hold fewer than k, more lists are probed, until there are
+        k or there are no more: so there are k hits whenever k rows have the prefix.
         """
+        scores, entries = self.search_entries(queries_Qd, k, nprobe=nprobe, refine_factor=refine_factor, prefix=prefix)
+        return Neighbours(scores, self.row_ids_of(entries), entries)
+
+    def search_entries(
+        self,
+        queries_Qd: np.ndarray,
+        k: int,
+        *,
+        nprobe: int | None = None,
+        refine_factor: int | None = None,
+        prefix: str | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and entries of `search`, without the row ids, which cost a look into the lists."""
         queries = self._checked_queries(queries_Qd)
         nprobe = self.manifest.quality["nprobe"] if nprobe is None else nprobe
         refine_factor = self.manifest.quality["refine_factor"] if refine_factor is None else refine_factor
@@ -159,13 +210,61 @@ class Index:
             raise ConfigError(f"nprobe must be in 1..nlist ({self.manifest.nlist}), got {nprobe}")
         if k < 1:
             raise ConfigError(f"k must be at least 1, got {k}")
-        wanted = min(k * max(1, refine_factor), self.manifest.ntotal)
-        scores, entries = self._scanner.best(queries, nprobe, wanted)
-        if refine_factor:
-            scores, entries = self._refine(queries, entries, k)
-        found = Neighbours(scores[:, :k], np.full((len(queries), min(k, wanted)), -1, np.int64), entries[:, :k])
-        found.row_ids_Qk = self.row_ids_of(found.entries_Qk)
-        return found
+        if prefix is not None:
+            scores, entries = self._best_among(queries, k, nprobe, max(1, refine_factor), self.prefixes.entries(prefix))
+        else:
+            wanted = min(k * max(1, refine_factor), self.manifest.ntotal)
+            scores, entries = self._scanner.best(queries, self._scanner.probes(queries, nprobe), wanted)
+            if refine_factor:
+                scores, entries = self._refine(queries, entries, k)
+            k = min(k, wanted)
+        return scores[:, :k], entries[:, :k]
+
+    def _best_among(
+        self, queries: np.ndarray, k: int, nprobe: int, refine_factor: int, among: Ints
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and entries [Q, min(k, entries)] of the best of the entries, int64 ascending, all live."""
+        k = min(k, len(among))
+        scores = np.full((len(queries), k), -np.inf, np.float32)
+        entries = np.full((len(queries), k), -1, np.int64)
+        if len(among) <= EXACT_AMONG:
+            for q in range(len(queries) if k else 0):
+                scores[q], entries[q] = self._best_of(queries[q : q + 1], among, k)
+            return scores, entries
+        left = np.arange(len(queries))
+        while len(left):
+            probes = self._scanner.probes(queries[left], nprobe)
+            bounds = self._bounds_in_lists(probes[1], among)
+            sizes = (bounds[1] - bounds[0]).sum(axis=1)
+            many = np.flatnonzero(sizes > EXACT_AMONG)
+            if len(many):
+                of_many = queries[left[many]], (probes[0][many], probes[1][many])
+                found = self._scanner.best(*of_many, min(k * refine_factor, len(among)), among)
+                scores[left[many]], entries[left[many]] = self._refine(of_many[0], found[1], k)
+            enough = (sizes >= k) | (nprobe == self.manifest.nlist)
+            for q in np.flatnonzero(enough & (sizes <= EXACT_AMONG)).tolist():
+                chosen = np.concatenate([among[lo:hi] for lo, hi in bounds[:, q].T.tolist()])
+                scores[left[q]], entries[left[q]] = self._best_of(queries[left[q] : left[q] + 1], np.sort(chosen), k)
+            left, nprobe = left[~enough], min(2 * nprobe, self.manifest.nlist)
+        return scores, entries
+
+    def _best_of(self, query: np.ndarray, entries: Ints, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and entries [k] of the best of at least k entries, ties by the lowest."""
+        scores = self._score(query, np.zeros(len(entries), np.int64), entries)
+        order = np.lexsort((entries, -scores))[:k]
+        return scores[order], entries[order]
+
+    def _bounds_in_lists(self, lists_Qp: Ints, among: Ints) -> Ints:
+        """Where the entries of each segment's probed lists begin and end in `among`: int64 [2, Q, segments * p]."""
+        first, end = [], 0
+        for segment in self.manifest.segments:
+            parts = self.parts[end : end + len(segment.parts)]
+            starts = self._part_starts[end : end + len(segment.parts)]
+            bounds_L = np.concatenate([*(r.starts_L[:-1] + s for r, s in zip(parts, starts.tolist(), strict=True))])
+            end += len(segment.parts)
+            bounds_L = np.append(bounds_L, self._part_starts[end])
+            first.append(np.stack([bounds_L[lists_Qp], bounds_L[lists_Qp + 1]]))
+        return np.searchsorted(among, np.concatenate(first, axis=2))
 
     def _checked_queries(self, queries_Qd: np.ndarray) -> np.ndarray:
         queries = np.ascontiguousarray(queries_Qd, dtype=np.float32)
@@ -174,20 +273,40 @@ class Index:
         return queries
 
     def _refine(self, queries: np.ndarray, entries_QC: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        unique, inverse = np.unique(entries_QC, return_inverse=True)
-        vectors = np.zeros((len(unique), self.manifest.d), np.float32)
-        present = unique >= 0
-        vectors[present] = self.vectors_of(unique[present])
-        scores = np.empty(entries_QC.shape, np.float32)
-        inverse = inverse.reshape(entries_QC.shape)
-        for q in range(len(queries)):  # one query's candidates at a time: C x d floats
-            scores[q] = rescore(queries[q : q + 1], vectors[inverse[q]][None], metric=self.manifest.metric)[0]
-        scores[entries_QC < 0] = -np.inf
+        query, column = np.nonzero(entries_QC >= 0)
+        scores = np.full(entries_QC.shape, -np.inf, np.float32)
+        scores[query, column] = self._score(queries, query, entries_QC[query, column])
         order = np.lexsort((entries_QC, -scores), axis=-1)[:, :k]
         return np.take_along_axis(scores, order, 1), np.take_along_axis(entries_QC, order, 1)
 
+    def _score(self, queries_Qd: np.ndarray, query_P: Ints, entries_P: Ints) -> npt.NDArray[np.float32]:
+        """Scores float32 [P] of pairs of a query and an entry, with the stored vectors."""
+        metric = self.manifest.metric
+        if len(self.parts) == 1 and self._vectors[0] is not None:
+            self._vectors[0].check(entries_P)
+            return score_pairs(queries_Qd, query_P, self._vectors[0].vectors_nd, entries_P, metric=metric)
+        place = self._in_memory(entries_P)
+        out = np.empty(len(entries_P), np.float32)
+        elsewhere = np.flatnonzero(place < 0)
+        if self._joined is not None and len(elsewhere) < len(place):
+            here = np.flatnonzero(place >= 0)
+            out[here] = score_pairs(queries_Qd, query_P[here], self._joined.vectors_Jd, place[here], metric=metric)
+        for number, places, local in self._by_part(entries_P[elsewhere]):
+            pairs, mapped = elsewhere[places], self._vectors[number]
+            if mapped is not None:
+                mapped.check(local)
+                out[pairs] = score_pairs(queries_Qd, query_P[pairs], mapped.vectors_nd, local, metric=metric)
+            else:
+                unique, inverse = np.unique(local, return_inverse=True)
+                vectors = self.parts[number].gather_vectors(unique)
+                out[pairs] = score_pairs(queries_Qd, query_P[pairs], vectors, inverse, metric=metric)
+        return out
+
     def _by_part(self, entries: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """(part number, places in `entries`, entry numbers within the part) for entry numbers int64 [n]."""
+        if len(self.parts) == 1:
+            yield 0, np.arange(len(entries)), entries
+            return
         part_no = np.searchsorted(self._part_starts, entries, side="right") - 1
         for number in np.unique(part_no).tolist():
             places = np.flatnonzero(part_no == number)
@@ -205,7 +324,12 @@ class Index:
         if self._joined is not None:
             out[place >= 0] = self._joined.vectors_Jd[place[place >= 0]]
         for number, places, local in self._by_part(entries[elsewhere]):
-            out[elsewhere[places]] = self.parts[number].gather_vectors(local)
+            mapped = self._vectors[number]
+            if mapped is not None:
+                mapped.check(local)
+                out[elsewhere[places]] = mapped.vectors_nd[local]
+            else:
+                out[elsewhere[places]] = self.parts[number].gather_vectors(local)
         return out
 
     def row_ids_of(self, entries: np.ndarray) -> np.ndarray:
@@ -222,29 +346,40 @@ class Index:
             out[inside] = segment.row_ids_of(flat[inside])
         return out.reshape(entries.shape)
 
-    def rows_of(self, entries: np.ndarray) -> list[dict[str, Any]]:
+    def rows_of(self, entries: np.ndarray, columns: Sequence[str] = schemas.ROW_STORE.names) -> list[dict[str, Any]]:
         """Row store lines of the entries int64 [n] (none of them -1), in their order."""
-        lines: list[dict[str, Any]] = [{} for _ in range(len(entries))]
+        wanted = tuple(columns)
+        if len(self.parts) == 1:
+            return self.row_groups.rows(0, entries, wanted)
+        nothing: dict[str, Any] = {}
+        lines = [nothing] * len(entries)
         for number, places, local in self._by_part(entries):
-            for place, entry in zip(places.tolist(), local.tolist(), strict=True):
-                group, first = self.parts[number].row_group_of(entry)
-                lines[place] = self._row_group(number, group).slice(entry - first, 1).to_pylist()[0]
+            rows = self.row_groups.rows(number, local, wanted)
+            for place, row in zip(places.tolist(), rows, strict=True):
+                lines[place] = row
         return lines
-
-    def _row_group(self, part: int, group: int) -> pa.Table:
-        key = (part, group)
-        if key not in self._row_groups:
-            self._row_groups[key] = self.parts[part].read_row_group(group)
-            if len(self._row_groups) > _CACHED_ROW_GROUPS:
-                self._row_groups.popitem(last=False)
-        self._row_groups.move_to_end(key)
-        return self._row_groups[key]
 
     def doc_ids_of(self, entries: np.ndarray) -> np.ndarray:
         """Document ids of entry numbers int64 [n], object [n]."""
         unique, inverse = np.unique(entries, return_inverse=True)
-        names = np.array([line["doc_id"] for line in self.rows_of(unique)], dtype=object)
+        names = np.array([line["doc_id"] for line in self.rows_of(unique, ("doc_id",))], dtype=object)
         return names[inverse] if len(unique) else np.empty(0, object)
+
+    def warm(self, max_bytes: int) -> None:
+        """Read and check lists and mapped vectors, part by part, up to so many bytes, so that searches find them in memory.
+
+        May run while the index is searched. Raises IntegrityError.
+        """
+        left = max_bytes
+        for segment in self._mapped:
+            left -= segment.num_rows * (self.quantizer.code_size + 8)
+            if left >= 0:
+                segment.check_all()
+        for mapped in self._vectors:
+            if mapped is not None:
+                left -= mapped.vectors_nd.nbytes
+                if left >= 0:
+                    mapped.check_all()
 
     def exact_search(self, queries_Qd: np.ndarray, k: int, *, from_row_id: int = 0) -> Neighbours:
         """Exhaustive search over the stored vectors of live rows, block by block: what the index is measured against.
@@ -290,6 +425,18 @@ class Index:
                 else:
                     vectors = part.read_vectors(lo, hi)
                 yield first + lo, first + hi, vectors if live.all() else vectors[live]
+
+    def _are_live(self, entries_n: Ints) -> npt.NDArray[np.bool_]:
+        """bool [n]: which entries are not deleted."""
+        out = np.zeros(len(entries_n), bool)
+        place = self._in_memory(entries_n)
+        if self._joined is not None:
+            out[place >= 0] = self._joined.live_J[place[place >= 0]]
+        for segment in self._mapped:
+            inside = (place < 0) & (entries_n >= segment.first_entry) & (entries_n < segment.end_entry)
+            segment.check_deleted()
+            out[inside] = segment.live(entries_n[inside])
+        return out
 
     def _live(self, start: int, end: int) -> npt.NDArray[np.bool_]:
         """bool [end - start]: which of the entries [start, end) of one part are not deleted."""

@@ -9,7 +9,7 @@ Shape letters: n entries, d dimensions, L lists of the run, B bytes of a code.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
@@ -322,15 +322,14 @@ class RunReader:
         schema: pa.Schema = self._open_rows()[0].schema_arrow.remove_metadata()
         return schema
 
-    def row_group_of(self, position: int) -> tuple[int, int]:
-        """(row group, first entry of it) in which the entry lies."""
-        _, starts = self._open_rows()
-        group = int(np.searchsorted(starts, position, side="right")) - 1
-        return group, int(starts[group])
+    @property
+    def row_group_starts(self) -> np.ndarray:
+        """First entry of each row group of the row store, and the number of all entries; int64."""
+        return self._open_rows()[1]
 
-    def read_row_group(self, group: int) -> pa.Table:
-        """One whole row group of the row store, without the columns of further outputs."""
-        return self._open_rows()[0].read_row_group(group, columns=schemas.ROW_STORE.names, use_threads=False)
+    def read_row_group(self, group: int, columns: Sequence[str] = schemas.ROW_STORE.names) -> pa.Table:
+        """These columns of one whole row group of the row store; those of further outputs only if they are named."""
+        return self._open_rows()[0].read_row_group(group, columns=list(columns), use_threads=False)
 
     def _open_rows(self) -> tuple[pq.ParquetFile, np.ndarray]:
         if self._parquet is None or self._row_group_starts is None:

@@ -5,7 +5,7 @@ Q queries, d dimensions, p probed lists, C candidates.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,17 +32,21 @@ class ListScanner:
         self._mapped = [segment for segment in mapped if segment.num_live]
         self._joined = joined if joined is not None and joined.num_live else None
 
-    def best(self, queries_Qd: Floats, nprobe: int, wanted: int) -> tuple[Floats, Ints]:
+    def probes(self, queries_Qd: Floats, nprobe: int) -> Probes:
+        """The nprobe lists nearest to each query."""
+        found: Probes = self._faiss.quantizer.search(queries_Qd, nprobe)
+        return found
+
+    def best(self, queries_Qd: Floats, probes: Probes, wanted: int, among: Ints | None = None) -> tuple[Floats, Ints]:
         """The `wanted` best live entries: scores float32 [Q, wanted], larger is better, and entry numbers int64.
 
-        Where the lists hold fewer: -inf and -1. Checks the lists first: raises IntegrityError. Ties go to the lowest
-        entry where there are several segments, and are as faiss leaves them in one.
+        among: only of these entries, int64 ascending, all live. Where the lists hold fewer: -inf and -1. Checks the lists
+        first: raises IntegrityError. Ties go to the lowest entry where there are several segments, and are as faiss
+        leaves them in one.
         """
-        probes = self._faiss.quantizer.search(queries_Qd, nprobe)
-        found = [self._of_mapped(segment, queries_Qd, probes, wanted) for segment in self._mapped]
+        found = [self._of_mapped(segment, queries_Qd, probes, wanted, among) for segment in self._mapped]
         if self._joined is not None:
-            lists, count = self._joined.inverted_lists, min(wanted, self._joined.num_live)
-            found.append(self._scan(lists, queries_Qd, probes, count, store_pairs=False))
+            found.append(self._of_joined(self._joined, queries_Qd, probes, wanted, among))
         if len(found) == 1 and found[0][0].shape[1] == wanted:
             return found[0]
         if not found or not wanted:
@@ -50,39 +54,32 @@ class ListScanner:
         return merge_topk(found, wanted)
 
     def _of_mapped(
-        self, segment: MappedSegment, queries_Qd: Floats, probes: Probes, wanted: int
+        self, segment: MappedSegment, queries_Qd: Floats, probes: Probes, wanted: int, among: Ints | None
     ) -> tuple[Floats, Ints]:
-        """The best live entries of one segment, in min(wanted, live rows) columns.
-
-        faiss takes no selector where it is to say places in the lists (store_pairs). So more are asked for by the share
-        that is deleted, and twice as many again for the queries that this leaves with too few.
-        """
+        """The best live entries of one segment, in as many columns as there can be, at most `wanted`."""
         segment.check(probes[1])
-        wanted = min(wanted, segment.num_live)
-        most = min(wanted + segment.num_deleted, segment.num_rows)
-        count = min(most, wanted * segment.num_rows // segment.num_live + SPARE) if segment.num_deleted else wanted
-        scores, pairs = self._scan(segment.inverted_lists, queries_Qd, probes, count, store_pairs=True)
-        entries = segment.entries_of(pairs)
-        if not segment.num_deleted:
-            return scores, entries
-        best_scores = np.full((len(queries_Qd), wanted), -np.inf, np.float32)
-        best_entries = np.full((len(queries_Qd), wanted), -1, np.int64)
-        left = np.arange(len(queries_Qd))
-        while True:
-            live = segment.live(entries)
-            rank = np.cumsum(live, axis=1) - 1
-            query, column = np.nonzero(live & (rank < wanted))
-            place = left[query], rank[query, column]
-            best_scores[place], best_entries[place] = scores[query, column], entries[query, column]
-            # A last column without an entry: the lists hold no more.
-            short = (rank[:, -1] + 1 < wanted) & (entries[:, -1] >= 0)
-            if count == most or not short.any():
-                return best_scores, best_entries
-            left = left[short]
-            count = min(most, 2 * count)
-            some = probes[0][left], probes[1][left]
-            scores, pairs = self._scan(segment.inverted_lists, queries_Qd[left], some, count, store_pairs=True)
-            entries = segment.entries_of(pairs)
+
+        def scan(queries: Floats, probes: Probes, count: int) -> tuple[Floats, Ints]:
+            scores, pairs = self._scan(segment.inverted_lists, queries, probes, count, store_pairs=True)
+            return scores, segment.entries_of(pairs)
+
+        num_taken = segment.num_live
+        taken: Callable[[Ints], npt.NDArray[np.bool_]] = segment.live
+        if among is not None:
+            bounds = np.searchsorted(among, [segment.first_entry, segment.end_entry])
+            num_taken, taken = int(bounds[1] - bounds[0]), _membership(among)
+        return _best_of_taken(scan, queries_Qd, probes, wanted, segment.num_rows, num_taken, taken)
+
+    def _of_joined(
+        self, joined: JoinedSegments, queries_Qd: Floats, probes: Probes, wanted: int, among: Ints | None
+    ) -> tuple[Floats, Ints]:
+        def scan(queries: Floats, probes: Probes, count: int) -> tuple[Floats, Ints]:
+            return self._scan(joined.inverted_lists, queries, probes, count, store_pairs=False)
+
+        if among is None:
+            return scan(queries_Qd, probes, min(wanted, joined.num_live))
+        num_taken = int((joined.places_of(among) >= 0).sum())
+        return _best_of_taken(scan, queries_Qd, probes, wanted, joined.num_live, num_taken, _membership(among))
 
     def _scan(
         self, lists: Any, queries_Qd: Floats, probes: Probes, count: int, *, store_pairs: bool
@@ -101,3 +98,53 @@ class ListScanner:
             np.negative(scores, out=scores)
         scores[labels < 0] = -np.inf
         return scores, labels
+
+
+def _membership(among: Ints) -> Callable[[Ints], npt.NDArray[np.bool_]]:
+    """Which entries (any shape, -1: none) are among these, int64 ascending."""
+
+    def taken(entries: Ints) -> npt.NDArray[np.bool_]:
+        place = np.minimum(np.searchsorted(among, entries), max(0, len(among) - 1))
+        return among[place] == entries if len(among) else np.zeros(entries.shape, bool)
+
+    return taken
+
+
+def _best_of_taken(
+    scan: Callable[[Floats, Probes, int], tuple[Floats, Ints]],
+    queries_Qd: Floats,
+    probes: Probes,
+    wanted: int,
+    num_rows: int,
+    num_taken: int,
+    taken: Callable[[Ints], npt.NDArray[np.bool_]],
+) -> tuple[Floats, Ints]:
+    """The best entries that are taken, in min(wanted, num_taken) columns, of lists that hold others as well.
+
+    faiss takes no selector where it is to say places in the lists (store_pairs). So more are asked for by the share
+    that is not taken, and twice as many again for the queries that this leaves with too few.
+    """
+    wanted = min(wanted, num_taken)
+    num_others = num_rows - num_taken
+    if not num_others:
+        return scan(queries_Qd, probes, wanted)
+    best_scores = np.full((len(queries_Qd), wanted), -np.inf, np.float32)
+    best_entries = np.full((len(queries_Qd), wanted), -1, np.int64)
+    if not wanted:
+        return best_scores, best_entries
+    most = min(wanted + num_others, num_rows)
+    count = min(most, wanted * num_rows // num_taken + SPARE)
+    left = np.arange(len(queries_Qd))
+    while True:
+        scores, entries = scan(queries_Qd[left], (probes[0][left], probes[1][left]), count)
+        here = taken(entries)
+        rank = np.cumsum(here, axis=1) - 1
+        query, column = np.nonzero(here & (rank < wanted))
+        place = left[query], rank[query, column]
+        best_scores[place], best_entries[place] = scores[query, column], entries[query, column]
+        # A last column without an entry: the lists hold no more.
+        short = (rank[:, -1] + 1 < wanted) & (entries[:, -1] >= 0)
+        if count == most or not short.any():
+            return best_scores, best_entries
+        left = left[short]
+        count = min(most, 2 * count)

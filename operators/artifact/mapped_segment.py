@@ -143,6 +143,7 @@ class MappedSegment:
             [reader.starts_L[:-1] + start for reader, start in zip(readers, self.part_starts, strict=False)]
         )
         self._checked_L = np.zeros(len(self.list_starts_L), bool)
+        self._all_checked = False
         self.first_entry, self.end_entry = first_entry, first_entry + segment.num_rows
         self.num_rows, self.num_deleted, self.num_live = segment.num_rows, segment.num_deleted, segment.num_live
         self._first_row_id = segment.first_row_id
@@ -156,6 +157,8 @@ class MappedSegment:
 
         Done once a list; afterwards it costs microseconds. Raises IntegrityError naming a damaged object.
         """
+        if self._all_checked:
+            return
         unchecked = list_no[~self._checked_L[list_no]]
         for one in np.unique(unchecked).tolist():
             part = int(np.searchsorted(self._first_lists, one, side="right")) - 1
@@ -168,10 +171,15 @@ class MappedSegment:
                 self._deleted_n[at] = self._is_deleted(file.row_ids_of(local))
             self._checked_L[one] = True
 
+    def check_all(self) -> None:
+        """Check all lists; afterwards `check` costs nothing."""
+        self.check(np.arange(len(self._checked_L)))
+        self._all_checked = True
+
     def check_deleted(self) -> None:
         """Find all deleted entries, so that `live` can be asked of any."""
         if self._deleted_bits is not None:
-            self.check(np.arange(len(self._checked_L)))
+            self.check_all()
 
     def _is_deleted(self, row_ids_n: Ints) -> npt.NDArray[np.bool_]:
         assert self._deleted_bits is not None

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
+from operators.artifact.mapped_segment import local_copy
 from operators.errors import IntegrityError, ResourceError
-from operators.storage.checked import GONE_ADVICE
+from operators.storage.checked import GONE_ADVICE, ObjectEntry
 from operators.storage.store import Store
 
 OTHER_FILES = 256  # descriptors that the rest of a process may come to need
@@ -17,13 +18,15 @@ OTHER_FILES = 256  # descriptors that the rest of a process may come to need
 class OpenFiles(Store):
     """A store for reading, in which the objects `kept` are opened once, by `reader`, and closed with the last reader.
 
-    That holds for a root on a local disk; from a remote one objects are read by key, as long as they are there.
+    That holds for a root on a local disk; from a remote one objects are read by key, as long as they are there, but for
+    those of `copies`: they are fetched into the cache first.
     """
 
-    def __init__(self, store: Store, kept: Collection[str]) -> None:
+    def __init__(self, store: Store, kept: Collection[str], copies: Mapping[str, ObjectEntry]) -> None:
         super().__init__(store.url)
         self._store = store
         self._kept = frozenset(kept)
+        self._copies = copies
         if kept and store.local_path(next(iter(kept))) is not None:
             allow_open_files(len(self._kept), store.url)
 
@@ -34,12 +37,14 @@ class OpenFiles(Store):
         return self._store.size_bytes(key)
 
     def local_path(self, key: str) -> Path | None:
+        if key in self._copies and key in self._kept:
+            return local_copy(self._store, self._copies[key])
         return self._store.local_path(key)
 
     def reader(self, key: str) -> Callable[[int, int], bytes]:
         """As the store's own. Raises IntegrityError when an object that is kept open has vanished since it was measured."""
-        path = self._store.local_path(key)
-        if path is None or key not in self._kept:
+        path = self.local_path(key) if key in self._kept else None
+        if path is None:
             return self._store.reader(key)
         try:
             return OpenFile(path)

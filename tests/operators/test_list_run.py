@@ -121,7 +121,7 @@ def test_row_groups_hold_512_rows_but_the_last(tmp_path: Path) -> None:
     metadata = pq.ParquetFile(store.local_path(run.objects["rows"].key)).metadata
     assert ROW_GROUP_ROWS == 512
     assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == [512, 512, 276]
-    assert reader_of(store, run).row_group_of(1023) == (1, 512)
+    assert reader_of(store, run).row_group_starts.tolist() == [0, 512, 1024, 1300]
 
 
 def test_vectors_are_an_ordinary_npy_and_gathered_in_any_order(tmp_path: Path) -> None:

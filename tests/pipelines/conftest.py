@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -11,6 +13,10 @@ from pipelines import gate
 from tests.artifact_maker import Version
 from tests.pipelines.copied_versions import make_template
 from tests.pipelines.nightly_site import Site
+
+if TYPE_CHECKING:
+    from tests.pipelines.chromium import Browser
+    from tests.pipelines.running_service import Served
 
 
 @pytest.fixture(scope="session")
@@ -42,3 +48,31 @@ def site(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> S
     made.put_three()
     made.build()
     return made
+
+
+@pytest.fixture(scope="session")
+def served_site(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Site:
+    """An index of the documents of running_service.py by the default model. Not to be changed."""
+    from tests.pipelines.running_service import make_site  # here: it loads the service
+
+    return make_site(tmp_path_factory.mktemp("served"), minilm)
+
+
+@pytest.fixture(scope="session")
+def served(served_site: Site) -> Iterator[Served]:
+    """A service of served_site in this process."""
+    from pipelines.service.settings import ServiceSettings
+    from tests.pipelines.running_service import serving
+
+    with serving(ServiceSettings(served_site.root, poll_s=0.1)) as service:
+        yield service
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """A headless Chromium; the test is skipped where there is none."""
+    from tests.pipelines.chromium import Browser
+
+    opened = Browser(tmp_path_factory.mktemp("profile"))
+    yield opened
+    opened.close()

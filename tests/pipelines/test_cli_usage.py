@@ -32,6 +32,13 @@ COMMANDS = (
     "compact",
     "drift",
     "demo",
+    "plan",
+    "report",
+    "submit",
+    "jobs",
+    "logs",
+    "stop",
+    "serve",
 )
 
 
@@ -114,6 +121,8 @@ def test_the_module_runs_as_the_program_does() -> None:
         (["gc", "nowhere"], 9, "no index is published at"),
         (["gc", "nowhere", "--keep", "0"], 2, "must be at least 1, got 0 (--keep)"),
         (["gc", "nowhere", "--min-age", "1 day"], 2, "got '1 day' (--min-age)"),
+        (["report", "nowhere"], 9, "no index is published at"),
+        (["verify", "nowhere", "--progress", "dots"], 2, "one of auto, bars, lines, json, got 'dots' (--progress)"),
         (["info", "ftp://host/index"], 2, "must be a local path or start with s3://"),
         (["demo", "--documents", "0"], 2, "at least 1 document"),
     ],

@@ -1,0 +1,163 @@
+"""`serve`: the published version of an index over HTTP, by Ray Serve on this machine, or in this process alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+import logging
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from operators.errors import ConfigError, ResourceError
+from operators.storage.store import open_store
+from pipelines.operating_points import point_for
+from pipelines.search import check_search_settings
+from pipelines.service.guard import LOOPBACK_NAMES
+from pipelines.service.settings import ServiceSettings
+from pipelines.versions import open_version
+
+# What Ray Serve reads when it is imported; whoever sets them otherwise is heard.
+SERVE_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # One event loop a replica, and no log line a request: see docs/serving.md for what that is worth.
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0",
+    # Bounds the head of a request also in Ray's own proxy.
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "pipelines.service.protocol.limit_serve_proxy",
+}
+
+# Longer than load balancers keep a connection: otherwise one would send a request into a connection that is being closed.
+KEEP_ALIVE_S = 75
+
+
+@dataclass(frozen=True)
+class ServePlan:
+    """What is about to be served, checked as far as that is possible before anything starts."""
+
+    settings: ServiceSettings
+    host: str
+    port: int
+    replicas: int
+    hosts: tuple[str, ...]  # that are answered; empty: all
+    version: str
+
+
+def plan_serve(settings: ServiceSettings, host: str, port: int, replicas: int, *, no_auth: bool = False) -> ServePlan:
+    """Check index, settings, token and address. Raises IndexNotFoundError, IntegrityError, ConfigError, ResourceError."""
+    if replicas < 1:
+        raise ConfigError(f"replicas must be at least 1, got {replicas} (--replicas)")
+    if not 0 <= port <= 65535:
+        raise ConfigError(f"port must be in 0..65535, got {port} (--port)")
+    token = settings.token()
+    loopback = is_loopback(host)
+    if token is None and not loopback and not no_auth:
+        raise ConfigError(
+            f"a service that others can reach needs a token, got --host {host} without one: give --token-env NAME or"
+            " --token-file FILE (openssl rand -hex 32 makes one), or say --no-auth"
+        )
+    store = open_store(settings.root)
+    manifest = open_version(store)
+    check_search_settings(manifest, 1, settings.nprobe, settings.refine_factor)
+    if settings.recall is not None:
+        point_for(store, manifest, settings.recall)
+    _check_free(host, port)
+    # Without a token whatever a browser on this machine loads could ask for answers, under a name that leads here.
+    hosts = LOOPBACK_NAMES if loopback and token is None else ()
+    return ServePlan(
+        dataclasses.replace(settings, root=store.url), host, port, replicas, tuple(hosts), manifest.version
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address that is listened on."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _check_free(host: str, port: int) -> None:
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except socket.gaierror as error:
+        raise ConfigError(f"host must be an address of this machine, got {host!r}: {error.strerror} (--host)") from None
+    family, kind, protocol, _, address = found[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+        except OSError as error:
+            raise ResourceError(
+                f"cannot listen on {host} port {port}: {error.strerror} (--host, --port); end what listens there, or choose"
+                " another"
+            ) from None
+
+
+def serve_on_ray(plan: ServePlan, ready: Callable[[dict[str, Any]], None]) -> None:
+    """Serve by Ray Serve until SIGTERM or Ctrl-C. `ready` gets url, version and how, once requests are taken."""
+    for name, value in SERVE_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    from cluster.serving import ServingArgs, run
+
+    fields = dataclasses.asdict(plan.settings)
+    own = {name: fields.pop(name) for name in ("root", "threads", "drain_s")}
+    args = ServingArgs(
+        root=own["root"],
+        replicas=plan.replicas,
+        threads_per_replica=own["threads"],
+        drain_s=own["drain_s"],
+        hosts=list(plan.hosts),
+        settings=fields,
+    )
+    run(args, plan.host, plan.port, KEEP_ALIVE_S, lambda url: ready(_facts(plan, url, "ray serve")))
+
+
+def serve_in_process(plan: ServePlan, ready: Callable[[dict[str, Any]], None]) -> None:
+    """Serve from this process, without Ray, until SIGTERM or Ctrl-C."""
+    import uvicorn
+
+    from pipelines.service.api import Service, create_app
+    from pipelines.service.protocol import LimitedProtocol
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s: %(message)s")
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            if not self.should_exit:
+                port = self.servers[0].sockets[0].getsockname()[1]
+                ready(_facts(plan, url_of(plan.host, port), "one process"))
+
+    service = Service(plan.settings)
+    service.open()  # here, so that what is wrong is raised
+    app = create_app(plan.settings, plan.hosts, service)
+    config = uvicorn.Config(
+        app,
+        host=plan.host,
+        port=plan.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        lifespan="on",
+        http=LimitedProtocol,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=int(plan.settings.drain_s) + 1,
+    )
+    server = Server(config)
+    server.run()
+    if not server.started:
+        raise ResourceError("the service could not start; the lines above say why")
+
+
+def url_of(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _facts(plan: ServePlan, url: str, how: str) -> dict[str, Any]:
+    return {"url": url, "root": plan.settings.root, "version": plan.version, "replicas": plan.replicas, "how": how}

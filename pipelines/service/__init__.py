@@ -1,0 +1,1 @@
+"""The search service: an ASGI application over the published version of an index. Knows nothing of Ray."""
