@@ -15,13 +15,14 @@ from typing import Annotated
 import typer
 
 from operators.errors import ConfigError, IntegrityError, VectormillError
-from pipelines import cli_nightly
+from pipelines import cli_cluster, cli_manifests, cli_nightly, cli_plan, cli_report, cli_serve
 from pipelines.cli_options import (
     AsJson,
     Assignments,
     ConfigFile,
     Model,
     Nprobe,
+    ProgressStyle,
     Quiet,
     RefineFactor,
     Root,
@@ -76,6 +77,7 @@ def build_command(
     threads_per_worker: Threads = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Discard the work of unfinished runs and begin anew.")] = False,
     quiet: Quiet = False,
+    style: ProgressStyle = None,
     as_json: AsJson = False,
 ) -> None:
     """Build an index, or go on with one that was interrupted.
@@ -105,7 +107,7 @@ def build_command(
         settings = load_config(
             config, assignments or [], {key: pair for key, pair in given.items() if pair[0] is not None}
         )
-        result = build(sources, out, settings, fresh=fresh, progress=RunProgress(quiet=quiet))
+        result = build(sources, out, settings, fresh=fresh, progress=RunProgress(quiet=quiet, style=style))
     facts = build_facts(result, out)
     (print_json if as_json else show_build)(facts)
 
@@ -175,6 +177,7 @@ def eval_command(
     limit: Annotated[int | None, typer.Option(metavar="N", help="Only the first N judged queries.")] = None,
     model: Model = None,
     version: Version = None,
+    style: ProgressStyle = None,
     as_json: AsJson = False,
 ) -> None:
     """Find what settings reach a recall, or measure the index on judged queries.
@@ -207,14 +210,14 @@ def eval_command(
                     raise ConfigError(
                         f"{name} is for judged queries, got {given}; give --queries and --qrels, or leave it out"
                     )
-            facts = measure_operating_points(root, recall or RECALLS, version, RunProgress())
+            facts = measure_operating_points(root, recall or RECALLS, version, RunProgress(style=style))
             (print_json if as_json else show_operating_points)(facts)
             return
         if queries is None or qrels is None or recall:
             raise ConfigError(
                 "judged queries take --queries and --qrels, both, and no --recall; for operating points give none of them"
             )
-        facts = evaluate(root, queries, qrels, nprobe, refine_factor, model, limit, RunProgress(), version)
+        facts = evaluate(root, queries, qrels, nprobe, refine_factor, model, limit, RunProgress(style=style), version)
     (print_json if as_json else show_evaluation)(facts)
 
 
@@ -239,6 +242,7 @@ def info_command(root: Root, version: Version = None, as_json: AsJson = False) -
 def verify_command(
     root: Root,
     version: Version = None,
+    style: ProgressStyle = None,
     as_json: AsJson = False,
 ) -> None:
     """Read everything again and check it.
@@ -255,7 +259,7 @@ def verify_command(
         from pipelines.progress import RunProgress
         from pipelines.verify import verify
 
-        facts = verify(root, version, RunProgress())
+        facts = verify(root, version, RunProgress(style=style))
     if as_json:
         print_json(facts)
     else:
@@ -270,6 +274,7 @@ def verify_command(
 def demo_command(
     out: Annotated[str, typer.Option(metavar="FOLDER", help="Where the corpus and its index go.")] = "demo",
     documents: Annotated[int, typer.Option(metavar="N", help="Docstrings to index.")] = 4000,
+    style: ProgressStyle = None,
     as_json: AsJson = False,
 ) -> None:
     """Index real text and answer three questions.
@@ -286,7 +291,7 @@ def demo_command(
         from pipelines.demo import demo
         from pipelines.progress import RunProgress
 
-        shown = demo(out, documents, RunProgress())
+        shown = demo(out, documents, RunProgress(style=style))
     if as_json:
         print_json({"corpus": shown.corpus, "build": build_facts(shown.built, shown.root), "results": shown.results})
     else:
@@ -299,6 +304,15 @@ app.command("drift")(cli_nightly.drift_command)
 app.command("history")(cli_nightly.history_command)
 app.command("rollback")(cli_nightly.rollback_command)
 app.command("gc")(cli_nightly.gc_command)
+# What follows the first word is the other command's, also where `--` is left out.
+app.command("plan")(cli_plan.plan_command)
+app.command("submit", context_settings={"allow_interspersed_args": False})(cli_cluster.submit_command)
+app.command("jobs")(cli_cluster.jobs_command)
+app.command("logs")(cli_cluster.logs_command)
+app.command("stop")(cli_cluster.stop_command)
+app.command("manifests")(cli_manifests.manifests_command)
+app.command("report")(cli_report.report_command)
+app.command("serve")(cli_serve.serve_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines.cli_options import AsJson, Assignments, ConfigFile, Quiet, Root, Workers
+from pipelines.cli_options import AsJson, Assignments, ConfigFile, ProgressStyle, Quiet, Root, Workers
 
 IndexRoot = Annotated[str, typer.Option("--index", metavar="ROOT", help="The index: a folder or s3://bucket/name.")]
 
@@ -42,6 +42,7 @@ def update_command(
     workers: Workers = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Discard the work of unfinished updates first.")] = False,
     quiet: Quiet = False,
+    style: ProgressStyle = None,
     as_json: AsJson = False,
 ) -> None:
     """Bring an index to the present state of its corpus, for the cost of what changed.
@@ -81,7 +82,7 @@ def update_command(
             index,
             lambda base: load_config(config, assignments or [], named, base),
             options,
-            RunProgress(quiet=quiet),
+            RunProgress(quiet=quiet, style=style),
         )
     facts = update_facts(result, index)
     (print_json if as_json else show_update)(facts)
@@ -102,6 +103,7 @@ def compact_command(
     assignments: Assignments = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Discard the work of unfinished compactions first.")] = False,
     quiet: Quiet = False,
+    style: ProgressStyle = None,
     as_json: AsJson = False,
 ) -> None:
     """Merge all segments into one and drop deleted rows.
@@ -126,13 +128,13 @@ def compact_command(
             retrain=retrain,
             min_recall=min_recall,
             fresh=fresh,
-            progress=RunProgress(quiet=quiet),
+            progress=RunProgress(quiet=quiet, style=style),
         )
     facts = compact_facts(result, root)
     (print_json if as_json else show_compact)(facts)
 
 
-def drift_command(root: Root, as_json: AsJson = False) -> None:
+def drift_command(root: Root, style: ProgressStyle = None, as_json: AsJson = False) -> None:
     """Say how far the deltas have moved away from the base, and what to do about it.
 
     Quantisation error, list sizes, recall on the query sample, deleted rows: nothing, compact or retrain, and why.
@@ -148,7 +150,7 @@ def drift_command(root: Root, as_json: AsJson = False) -> None:
         from pipelines.drift import drift
         from pipelines.progress import RunProgress
 
-        facts = drift(root, progress=RunProgress())
+        facts = drift(root, progress=RunProgress(style=style))
     (print_json if as_json else show_drift)(facts)
 
 
@@ -177,6 +179,7 @@ def rollback_command(
         str | None, typer.Argument(metavar="VERSION", help="Default: the parent of the published one.")
     ] = None,
     full: Annotated[bool, typer.Option("--verify", help="Read and check every byte of the version first.")] = False,
+    style: ProgressStyle = None,
     as_json: AsJson = False,
 ) -> None:
     """Publish an earlier version again, or a later one.
@@ -194,7 +197,7 @@ def rollback_command(
         from pipelines.progress import RunProgress
         from pipelines.rollback import rollback
 
-        facts = rollback(root, version, full=full, progress=RunProgress(quiet=not full))
+        facts = rollback(root, version, full=full, progress=RunProgress(quiet=not full, style=style))
     (print_json if as_json else show_rollback)(facts)
 
 
@@ -205,6 +208,7 @@ def gc_command(
         str, typer.Option(metavar="AGE", help="Younger versions and objects stay: 90s, 30m, 12h, 1d.")
     ] = "1d",
     delete: Annotated[bool, typer.Option("--delete/--dry-run", help="Do it, or only say what would go.")] = False,
+    style: ProgressStyle = None,
     as_json: AsJson = False,
 ) -> None:
     """Delete what no kept version and no living run needs.
@@ -222,6 +226,6 @@ def gc_command(
         from pipelines.garbage import collect_garbage, parse_age
         from pipelines.progress import RunProgress
 
-        progress = RunProgress(quiet=not delete)
+        progress = RunProgress(quiet=not delete, style=style)
         facts = collect_garbage(root, keep, parse_age(min_age), delete=delete, progress=progress)
     (print_json if as_json else show_gc)(facts)

@@ -25,3 +25,11 @@ Assignments = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VAL
 Workers = Annotated[int | None, typer.Option(metavar="N", help="Encoders. Default: as many as fit.")]
 Threads = Annotated[int | None, typer.Option(metavar="T", help="CPU threads of each. Default: 1.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on standard error.")]
+ProgressStyle = Annotated[
+    str | None,
+    typer.Option(
+        "--progress",
+        metavar="STYLE",
+        help="bars, lines or json (docs/telemetry.md). Default: bars on a terminal, else lines.",
+    ),
+]

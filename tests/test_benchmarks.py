@@ -9,13 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 
-from benchmarks import encode
+from benchmarks import encode, scaling
 from benchmarks.encode_ceiling import model_work
 from benchmarks.encode_contenders import serve
 from benchmarks.encode_race import cosines
@@ -30,7 +31,7 @@ from operators.encoding.tokenizer import load_tokenizer
 from operators.errors import SourceError
 
 ROOT = Path(__file__).resolve().parent.parent
-BENCHMARKS = ("build_throughput", "build_memory", "assign_scaling", "ivfpq_memory", "encode")
+BENCHMARKS = ("build_throughput", "build_memory", "assign_scaling", "ivfpq_memory", "encode", "scaling")
 
 
 def run(name: str, *arguments: str) -> str:
@@ -231,6 +232,54 @@ def test_memory_of_training_and_encoding_is_within_the_budget_for_a_file_three_t
         assert 1 < found[rows]["encode_peak_mb"] < 302
     assert max(found["train_ratio"], found["encode_ratio"]) <= 1.25  # of some 10 MB here; the floor is for the defaults
     assert found["share_of_budget"] <= 1
+
+
+def test_simulated_accelerators_on_logical_gpus_do_all_pieces_and_tell_what_they_cost(minilm: Path) -> None:
+    program = (
+        "import json; from benchmarks.made_models import made_texts; from benchmarks.simulated_pool import *;"
+        "print(json.dumps(run_point(Point(2, 20_000.0), made_texts(500, 20, 60), 40, 64)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    point = json.loads(done.stdout.splitlines()[-1])
+    assert (point["workers"], point["workers_used"], point["pieces"]) == (2, 2, 40)
+    assert 0.2 < point["busy_share_least"] <= point["busy_share"] <= 1.0
+    assert 0 < point["tokens_per_s"] <= 40_400
+    assert set(point["stage_cpu_s_per_mtoken"]) == {"read", "chunk", "encode", "commit"}
+    assert all(seconds > 0 for seconds in point["stage_cpu_s_per_mtoken"].values())
+    assert point["ray_cpu_ms_per_block"]["driver"] > 0
+
+
+def test_scaling_knee_is_what_a_core_feeds_and_the_floor_holds_below_it_only() -> None:
+    def point(demand: float, busy: float) -> dict[str, Any]:
+        stages = {"read": 0.2, "chunk": 2.0, "encode": 0.1, "commit": 0.7}
+        ray = {"driver": 10.0, "raylet and others": 5.0, "in encoders": 3.0, "in tasks": 2.0}
+        of = {"workers": 4, "tokens_per_s_of_one": demand / 4, "demand_tokens_per_s": demand, "busy_share": busy}
+        return {
+            **of,
+            "tokens_per_piece": 5_000,
+            "pieces_per_task": 4,
+            "tokens_per_s": 400_000,
+            "stage_cpu_s_per_mtoken": stages,
+            "ray_cpu_ms_per_block": ray,
+        }
+
+    report = scaling.assemble({"points": [point(1e7, 0.1), point(1e5, 0.97)]})
+    # A million tokens: 3 s of the stages, and 50 blocks of 20 ms.
+    assert report["knee"]["core_tokens_per_s"] == 250_000
+    assert report["knee"]["machine_tokens_per_s"] == 250_000 * (os.cpu_count() or 1)
+    assert (report["busy_holds"], report["least_busy_share"], report["busy_up_to_tokens_per_s"]) == (True, 0.97, 1e5)
+    assert not scaling.assemble({"points": [point(1e7, 0.1), point(1e5, 0.9)]})["busy_holds"]
+
+
+@pytest.mark.slow
+def test_scaling_compares_one_encoder_with_two_and_keeps_points_of_before(tmp_path: Path) -> None:
+    out = tmp_path / "s.json"
+    out.write_text(json.dumps({"points": []}))
+    report = json.loads(run("scaling", "--rounds=1", "--documents=2048", "--workers", "--json", f"--out={out}"))
+    assert json.loads(out.read_text()) == report
+    assert report["threads"]["ratio"] > 0.3
+    assert report["points"] == []
 
 
 @pytest.mark.slow
