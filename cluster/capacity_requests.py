@@ -14,7 +14,6 @@ from cluster.workload import Workload
 HASHES_PER_PASS = 50_000_000
 READ_AT_ONCE = 70_000  # bytes of a row store that one request brings: a block, and what is left of a row group
 MULTIPART_BYTES = 16 << 20  # operators/storage/s3_store.py
-PROBE_PUTS = 2  # of an S3Store, before its first conditional put: whether the server honours them
 
 
 def stage_requests(work: Workload, c: Mapping[str, float]) -> dict[str, tuple[float, float]]:
@@ -22,8 +21,7 @@ def stage_requests(work: Workload, c: Mapping[str, float]) -> dict[str, tuple[fl
     pieces, shards, parts = work.num_pieces, work.num_shards, num_parts(work, c)
     sizes = object_bytes(work, c)
     passes = math.ceil(work.corpus.num_docs / HASHES_PER_PASS)
-    commit = 1 + PROBE_PUTS
-    run_puts = 3 + commit
+    run_puts = 4  # three objects and the record
     row_reads = sizes["rows"] / READ_AT_ONCE
     blocks = math.ceil(
         encoded_bytes(work, c) / pieces / BLOCK_BYTES
@@ -42,12 +40,12 @@ def stage_requests(work: Workload, c: Mapping[str, float]) -> dict[str, tuple[fl
         parts * run_puts + _parts_of(sizes, parts),
     )
     return {
-        "list sources": (11 + 3 * work.corpus.num_objects + work.corpus.num_objects / 1000, 4),
+        "list sources": (11 + 3 * work.corpus.num_objects + work.corpus.num_objects / 1000, 2),
         "check encoder": (20, 1),
-        "encode pieces": (8 * pieces, (2 + commit) * pieces + encoded_bytes(work, c) / MULTIPART_BYTES),
+        "encode pieces": (8 * pieces, 3 * pieces + encoded_bytes(work, c) / MULTIPART_BYTES),
         "number rows": (of_piece(2) * pieces * passes, 0),
         "draw samples": ((2 + 2 * of_piece(2)) * pieces + 2 * shards, shards * run_puts),
-        "train quantizer": (20 + 4 * shards, 2 + commit),
+        "train quantizer": (20 + 4 * shards, 3),
         "build shards": (of_piece(2.5) * pieces + 6 * shards, shards * run_puts + _parts_of(sizes, shards)),
         **merges,
         "write ledger": (of_piece(3.5) * pieces + 2 * shards + 6, 2 + work.num_tables),

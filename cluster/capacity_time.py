@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from cluster.capacity_bytes import encoded_bytes, num_parts
 from cluster.capacity_requests import stage_requests
 from cluster.workload import Workload
+from operators.piece_store import READ_AHEAD
 
 # kernels/kmeans.py and kernels/pq.py; tests/cluster/test_capacity.py compares with them.
 MIN_ROWS_PER_CENTROID = 12
@@ -195,7 +196,7 @@ def _makespan(work: Workload, total_s: float, servers: int) -> float:
 def _number_rows(work: Workload, c: Mapping[str, float]) -> StageTime:
     """One task reads two columns of every piece in each pass, before that the driver every record."""
     passes = math.ceil(work.corpus.num_docs / HASHES_PER_PASS)
-    return _serial(work, c, "number rows", passes * _pieces(work, c, "number"))
+    return _serial(work, c, "number rows", passes * _pieces(work, c, "number"), READ_AHEAD)
 
 
 def _train(work: Workload, c: Mapping[str, float]) -> StageTime:
@@ -211,7 +212,7 @@ def _train(work: Workload, c: Mapping[str, float]) -> StageTime:
     codebooks = pq_rows(points, sizes.nbits, index.pq_iterations) * d * c["pq_train_s_per_row_dim"]
     threads = min(index.train_threads or work.fleet.cpus_per_node, work.fleet.cpus_per_node)
     compute = (coarse + codebooks) / threads
-    waits = _latency_s(work, c, "train quantizer", 1)
+    waits = _latency_s(work, c, "train quantizer", READ_AHEAD)
     parts = {"one node's cores": compute, "storage requests": waits}
     return StageTime("train quantizer", _fixed(c, "train quantizer") + compute + waits, parts)
 

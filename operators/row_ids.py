@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from operators import schemas
-from operators.piece_store import kept_mask, read_table
+from operators.piece_store import kept_mask, read_tables
 from operators.storage.commits import CommitRecord
 from operators.storage.store import Store
 
@@ -81,9 +81,9 @@ def assign_row_ids(
     duplicates = Duplicates(place_F[order], first_F[order], order >= num_by_id)
     dropped = _docs_by_piece(duplicates.place_F)
     counts = [record.facts["num_chunks"] for record in pieces]
-    for piece, docs in dropped.items():
-        chunk_no = read_table(store, pieces[piece].objects["encoded"], ["chunk_no"]).column("chunk_no").to_numpy()
-        counts[piece] = int(kept_mask(chunk_no, docs).sum())
+    tables = read_tables(store, (pieces[piece].objects["encoded"] for piece in dropped), ["chunk_no"])
+    for (piece, docs), table in zip(dropped.items(), tables, strict=True):
+        counts[piece] = int(kept_mask(table.column("chunk_no").to_numpy(), docs).sum())
     bases = np.concatenate([[0], np.cumsum(counts)]).tolist()
     return RowIds(bases[:-1], counts, total_docs - len(order), dropped, duplicates)
 
@@ -146,8 +146,8 @@ def _hashes(
     """Hashes [N, W] of the documents whose first word leaves this remainder, and their places, in source order."""
     width = 2 if column == "text_hash" else 1
     hashes, places = [np.empty((0, width), np.uint64)], [np.empty(0, np.int64)]
-    for number, record in enumerate(pieces):
-        table = read_table(store, record.objects["encoded"], [column, "chunk_no"])
+    tables = read_tables(store, (record.objects["encoded"] for record in pieces), [column, "chunk_no"])
+    for number, table in enumerate(tables):
         chosen = table.column("chunk_no").to_numpy() == 0
         words_NW = hash_words(table.column(column), width)[chosen]
         inside = words_NW[:, 0] % np.uint64(passes) == remainder
@@ -181,8 +181,9 @@ def _documents(store: Store, pieces: Sequence[CommitRecord], place_F: Ints, colu
     """Columns of the documents at the places, row for row; texts as large_string."""
     wanted, row_of = np.unique(place_F, return_inverse=True)
     tables = []
-    for number, docs in _docs_by_piece(wanted).items():
-        table = read_table(store, pieces[number].objects["encoded"], [*columns, "chunk_no"])
+    docs_of = _docs_by_piece(wanted)
+    read = read_tables(store, (pieces[number].objects["encoded"] for number in docs_of), [*columns, "chunk_no"])
+    for docs, table in zip(docs_of.values(), read, strict=True):
         firsts = np.flatnonzero(table.column("chunk_no").to_numpy() == 0)
         found = table.select(columns).take(pa.array(firsts[docs]))
         # Many ids together may pass the 2 GiB that a string column can hold.

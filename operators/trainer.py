@@ -22,7 +22,7 @@ from operators.artifact.quantizer import Quantizer
 from operators.crash_points import crash_point
 from operators.errors import ConfigError
 from operators.index_config import IndexConfig, IndexSizes
-from operators.piece_store import kept_mask, read_table, vectors_of
+from operators.piece_store import kept_mask, read_table, read_tables, vectors_of
 from operators.storage.checked import CheckedFile, put_checked
 from operators.storage.commits import CommitRecord, commit, new_attempt, read_record
 from operators.storage.store import Store
@@ -50,9 +50,9 @@ def sample_pieces(
 ) -> SampledRows:
     """The rows of `pieces` (record, dropped documents) whose hash falls below `share` in [0, 1]."""
     parts: list[SampledRows] = []
-    for record, dropped in pieces:
+    tables = read_tables(store, (record.objects["encoded"] for record, _ in pieces), ["doc_hash", "chunk_no"])
+    for (record, dropped), keys in zip(pieces, tables, strict=True):
         entry = record.objects["encoded"]
-        keys = read_table(store, entry, ["doc_hash", "chunk_no"])
         chunk_no = keys.column("chunk_no").to_numpy()
         row_hash = splitmix64(keys.column("doc_hash").to_numpy() ^ splitmix64(chunk_no.astype(np.uint64)))
         kept = kept_mask(chunk_no, dropped)

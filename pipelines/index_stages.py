@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,7 @@ from operators.encoding.text_encoder import TextEncoder
 from operators.errors import FingerprintError
 from operators.index_config import IndexConfig, IndexSizes
 from operators.merger import merge_range
-from operators.piece_store import read_table, write_table
+from operators.piece_store import READ_AHEAD, read_table, read_tables, write_table
 from operators.query_sample import lowest_queries
 from operators.renumbering import Renumbering
 from operators.row_ids import Duplicates, RowIds, assign_row_ids, duplicate_lines
@@ -69,8 +70,8 @@ def write_rejects(store: Store, key: str, pieces: Sequence[CommitRecord], duplic
         pa.PythonFile(pending.file, mode="w") as sink,
         pq.ParquetWriter(sink, schemas.REJECTS, compression="zstd") as writer,
     ):
-        for record in with_rejects:
-            writer.write_table(read_table(store, record.objects["rejects"]))
+        for table in read_tables(store, (record.objects["rejects"] for record in with_rejects)):
+            writer.write_table(table)
         for lines in duplicate_lines(store, pieces, duplicates):
             writer.write_table(lines)
     return pending.entry
@@ -88,9 +89,9 @@ def write_piece_documents(
     left_out: Counter[str] = Counter()
 
     def tables() -> Iterator[pa.Table]:
-        for record, first_row_id, dropped in pieces:
-            names = ["doc_id", "source", "row", "text_hash", "chunk_no"]
-            table = read_table(store, record.objects["encoded"], names)
+        names = ["doc_id", "source", "row", "text_hash", "chunk_no"]
+        read = read_tables(store, (record.objects["encoded"] for record, _, _ in pieces), names)
+        for (record, first_row_id, dropped), table in zip(pieces, read, strict=True):
             chunk_no = table.column("chunk_no").to_numpy()
             starts = np.flatnonzero(chunk_no == 0)
             num_chunks = np.diff(np.append(starts, len(chunk_no)))
@@ -146,7 +147,8 @@ def train(
     if done is not None:
         return done
     threads.apply()
-    sample = join_samples([_read_sample(store, record) for record in samples])
+    with ThreadPoolExecutor(READ_AHEAD) as pool:
+        sample = join_samples(list(pool.map(lambda record: _read_sample(store, record), samples)))
     quantizer = train_quantizer(store, prefix, sample.vectors, config, sizes, inputs)
     objects = {"quantizer": quantizer.write(store)}
     facts = {"sample_rows": len(sample.order), "assignment": quantizer.assignment.to_json()}

@@ -27,6 +27,10 @@ _PRECONDITION_CODES = {"PreconditionFailed", "412"}
 _UNSUPPORTED_CODES = {"NotImplemented", "InvalidArgument", "501"}
 
 
+# What the probe found of a file system's bucket: stores are opened anew in every task, buckets do not change.
+_CONDITIONAL: dict[tuple[Any, str], bool] = {}
+
+
 class _S3Stream:
     """A new object: one put, or a multipart upload once there is more than PART_BYTES. Visible by commit() only."""
 
@@ -147,7 +151,10 @@ class S3Store(Store):
 
     @property
     def conditional(self) -> bool:
-        """Whether this store honours conditional puts: probed once a process, by really trying."""
+        """Whether this store honours conditional puts: probed once a process and bucket, by really trying."""
+        known = (self._fs, self._bucket)
+        if self._conditional is None:
+            self._conditional = _CONDITIONAL.get(known)
         if self._conditional is None:
             key = f".probe/{uuid.uuid4().hex}"
             # An unconditional put first: a conditional one whose answer was lost would look like a refused one.
@@ -159,6 +166,7 @@ class S3Store(Store):
                     raise
                 self._conditional = False
             self.delete(key)
+            _CONDITIONAL[known] = self._conditional
         return self._conditional
 
     def put_if_absent(self, key: str, data: bytes) -> bool:

@@ -16,7 +16,7 @@ from operators.errors import FencedError, IntegrityError
 from operators.sources.listing import list_sources
 from operators.sources.pieces import plan_pieces
 from operators.sources.readers import PieceReader, ReadConfig
-from operators.storage import retrying_s3
+from operators.storage import retrying_s3, s3_store
 from operators.storage.checked import BLOCK_BYTES, CheckedFile, put_checked, verify_object
 from operators.storage.commits import CommitRecord, commit, new_attempt, read_record
 from operators.storage.fencing import take_epoch
@@ -133,7 +133,9 @@ def test_a_lost_answer_does_not_make_a_loser_the_winner(proxy: FaultyS3, store: 
         earlier.check(store)
 
 
-def test_the_probe_for_conditional_puts_is_not_misled_by_a_lost_answer(proxy: FaultyS3, bucket: str) -> None:
+def test_the_probe_for_conditional_puts_is_not_misled_by_a_lost_answer(
+    proxy: FaultyS3, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     faults: list[Fault] = ["lost_answer", "internal_error"]
     for fault in faults:
         for skipped in range(3):
@@ -144,6 +146,7 @@ def test_the_probe_for_conditional_puts_is_not_misled_by_a_lost_answer(proxy: Fa
                 return len(seen) == skipped + 1
 
             proxy.plan(fault, nth)
+            monkeypatch.setattr(s3_store, "_CONDITIONAL", {})
             made = open_store(f"{bucket}/root")
             assert isinstance(made, S3Store) and made.conditional
             proxy.up_again()

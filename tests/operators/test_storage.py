@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from operators.errors import ConfigError, FencedError, IntegrityError
+from operators.storage import s3_store
 from operators.storage.checked import BLOCK_BYTES, CheckedFile, ObjectEntry, put_checked, verify_object, write_checked
 from operators.storage.commits import CommitRecord, commit, new_attempt, read_record
 from operators.storage.fencing import read_epoch, take_epoch
@@ -125,6 +126,9 @@ def test_probe_finds_a_store_that_ignores_conditional_puts(bucket: str, monkeypa
         return True
 
     monkeypatch.setattr(ignoring, "_put_conditionally", without_condition)
+    assert ignoring.conditional  # of the same bucket, in the same process: not tried again
+    monkeypatch.setattr(s3_store, "_CONDITIONAL", {})
+    ignoring._conditional = None
     assert not ignoring.conditional
 
 
