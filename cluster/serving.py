@@ -13,10 +13,12 @@ On a cluster, and in KubeRay's RayService, the import path is `cluster.serving:b
 # No `from __future__ import annotations` here: Ray Serve 2.60 looks at the annotation of build_app itself, and would not
 # know the class by its name.
 
+import asyncio
 import contextlib
 import importlib
 import logging
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -52,6 +54,15 @@ class ServingArgs(BaseModel):
         default="pipelines.service.api:create_app",
         description="module:function of (settings, hosts) that makes the ASGI application",
     )
+    listen: str = Field(
+        default="",
+        description="host:port on which each replica listens by itself, all on one machine; empty: behind Ray Serve's proxy",
+    )
+    protocol: str = Field(
+        default="pipelines.service.protocol:LimitedProtocol",
+        description="how a replica that listens speaks HTTP, for uvicorn",
+    )
+    keep_alive_s: int = Field(75, ge=1, description="what an idle connection of a replica that listens is kept")
     drain_s: float = Field(20.0, gt=0, description="what a replica gets to finish its requests before it is ended")
 
 
@@ -85,19 +96,92 @@ class SearchReplica:
         create_app = getattr(importlib.import_module(module), name)
         fields = {**args.settings, "root": args.root, "threads": args.threads_per_replica, "drain_s": args.drain_s}
         app: Callable[..., Any] = create_app(fields, hosts=args.hosts)
-        return app
+        return _Listening(app, args) if args.listen else app
 
 
-def run(args: ServingArgs, host: str, port: int, keep_alive_s: int, ready: Callable[[str], None]) -> None:
+class _Listening:
+    """An ASGI application that, as long as its lifespan lasts, is also served on a port that all replicas share.
+
+    The kernel hands each connection to one of them (SO_REUSEPORT). Ray Serve's own proxy would take several times as long for
+    a request as a search does.
+    """
+
+    def __init__(self, app: Callable[..., Any], args: ServingArgs) -> None:
+        self._app = app
+        self._args = args
+        self._server: Any = None
+        self._task: asyncio.Task[None] | None = None
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "lifespan":
+            await self._app(scope, receive, send)
+            return
+
+        async def receive_and_stop() -> Any:
+            message = await receive()
+            if message["type"] == "lifespan.shutdown":
+                await self._stop()
+            return message
+
+        async def send_and_start(message: Any) -> None:
+            if message["type"] == "lifespan.startup.complete":
+                await self._start()
+            await send(message)
+
+        await self._app(scope, receive_and_stop, send_and_start)
+
+    async def _start(self) -> None:
+        import uvicorn
+
+        class Server(uvicorn.Server):
+            @contextlib.contextmanager
+            def capture_signals(self) -> Iterator[None]:
+                yield  # they are Ray's
+
+        host, _, port = self._args.listen.rpartition(":")
+        host = host.strip("[]")
+        listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        listener.bind((host, int(port)))
+        config = uvicorn.Config(
+            self._app,
+            http=self._args.protocol,
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=self._args.keep_alive_s,
+            timeout_graceful_shutdown=int(self._args.drain_s) + 1,
+        )
+        self._server = Server(config)
+        self._task = asyncio.get_running_loop().create_task(self._server.serve(sockets=[listener]))
+        while not self._server.started and not self._task.done():
+            await asyncio.sleep(0.01)
+
+    async def _stop(self) -> None:
+        """Take no more connections, and answer what has come."""
+        if self._task is not None:
+            self._server.should_exit = True
+            await self._task
+
+
+def run(args: ServingArgs, host: str, port: int, ready: Callable[[str], None]) -> None:
     """Serve on this machine until SIGTERM or SIGINT; then what is in flight is answered, and Ray is stopped.
 
-    keep_alive_s: what an idle connection is kept. ready: called with the URL once requests are taken. Raises what the replicas raised when they cannot start.
+    ready: called with the URL once requests are taken. Raises what the replicas raised when they cannot start.
     """
     stop = threading.Event()
     with _local_ray(args), _signals(stop):  # in this order: Ray sets a handler of its own
         serve.start(
-            proxy_location="HeadOnly",
-            http_options={"host": host, "port": port, "request_timeout_s": None, "keep_alive_timeout_s": keep_alive_s},
+            proxy_location="Disabled" if args.listen else "HeadOnly",
+            http_options={
+                "host": host,
+                "port": port,
+                "request_timeout_s": None,
+                "keep_alive_timeout_s": args.keep_alive_s,
+            },
             logging_config={"enable_access_log": False, "log_level": "WARNING"},
         )
         serve.run(build_app(args), name=APPLICATION, logging_config={"enable_access_log": False, "log_level": "INFO"})

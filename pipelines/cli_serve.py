@@ -40,6 +40,9 @@ def serve_command(
     row_cache_mb: Annotated[int, typer.Option(metavar="MB", help="Decoded rows that a replica keeps.")] = 256,
     poll_s: Annotated[float, typer.Option(metavar="S", help="Between two looks for a new version.")] = 1.0,
     no_ray: Annotated[bool, typer.Option("--no-ray", help="One replica in this process, without Ray.")] = False,
+    proxy: Annotated[
+        bool, typer.Option("--proxy", help="Let Ray Serve's HTTP proxy listen, not the replicas themselves. Slower.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Serve the published version over HTTP.
@@ -95,4 +98,7 @@ def serve_command(
             token_file=token_file,
         )
         plan = plan_serve(settings, host, port, replicas, no_auth=no_auth)
-        (serve_in_process if no_ray else serve_on_ray)(plan, ready)
+        if no_ray:
+            serve_in_process(plan, ready)
+        else:
+            serve_on_ray(plan, ready, proxy=proxy)

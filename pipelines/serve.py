@@ -98,8 +98,11 @@ def _check_free(host: str, port: int) -> None:
             ) from None
 
 
-def serve_on_ray(plan: ServePlan, ready: Callable[[dict[str, Any]], None]) -> None:
-    """Serve by Ray Serve until SIGTERM or Ctrl-C. `ready` gets url, version and how, once requests are taken."""
+def serve_on_ray(plan: ServePlan, ready: Callable[[dict[str, Any]], None], *, proxy: bool = False) -> None:
+    """Serve by Ray Serve until SIGTERM or Ctrl-C. `ready` gets url, version and how, once requests are taken.
+
+    proxy: requests go through Ray Serve's HTTP proxy; else the replicas share the port.
+    """
     for name, value in SERVE_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from cluster.serving import ServingArgs, run
@@ -113,8 +116,15 @@ def serve_on_ray(plan: ServePlan, ready: Callable[[dict[str, Any]], None]) -> No
         drain_s=own["drain_s"],
         hosts=list(plan.hosts),
         settings=fields,
+        listen="" if proxy else f"{plan.host}:{plan.port}",
+        keep_alive_s=KEEP_ALIVE_S,
     )
-    run(args, plan.host, plan.port, KEEP_ALIVE_S, lambda url: ready(_facts(plan, url, "ray serve")))
+    run(
+        args,
+        plan.host,
+        plan.port,
+        lambda url: ready(_facts(plan, url, "ray serve, by its proxy" if proxy else "ray serve")),
+    )
 
 
 def serve_in_process(plan: ServePlan, ready: Callable[[dict[str, Any]], None]) -> None:

@@ -154,6 +154,10 @@ class TextEncoder:
             block = [prompt + text for text in texts[begin : begin + TEXTS_AT_ONCE]]
             return _flatten([encoding.ids for encoding in self._tokenizer.encode_batch_fast(block)])
 
+        if len(texts) <= TEXTS_AT_ONCE:  # a query would take longer to start a thread than to be tokenized
+            if texts:
+                yield tokenize(0)
+            return
         with ThreadPoolExecutor(1) as ahead:
             following = ahead.submit(tokenize, 0)
             for begin in range(0, len(texts), TEXTS_AT_ONCE):

@@ -31,7 +31,7 @@ from pipelines.service.settings import ServiceSettings
 
 # The interpreter lets a thread that waits for its lock in after so long; with the default of 5 ms a search that is done
 # could wait that long for the event loop, and the other way round.
-SWITCH_INTERVAL_S = 0.0005
+SWITCH_INTERVAL_S = 0.0001
 SEARCH_PATH = "/v1/search"
 
 
