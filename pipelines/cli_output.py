@@ -217,8 +217,10 @@ def show_info(facts: dict[str, Any]) -> None:
         "search",
         f"nprobe {facts['nprobe']}, refine_factor {facts['refine_factor']}: recall@10 {facts['recall@10']:.4f} against exact",
     )
-    for point in (facts["operating_points"] or {"points": []})["points"]:
-        table.add_row("", point_text(point))
+    points = facts["operating_points"]
+    for point in points["points"] if points else []:
+        inherited = f", on {points['version']}" if points["version"] != facts["version"] else ""
+        table.add_row("", f"{point_text(point)}{inherited}")
     if facts["num_deltas"] or facts["num_deleted"]:
         deleted = f"{facts['num_deleted']:,} deleted rows ({facts['deleted_share']:.2%})"
         table.add_row("segments", f"base and {facts['num_deltas']} delta(s), {deleted}")

@@ -111,15 +111,22 @@ def stream(context: RunContext, pieces: list[Piece], unreadable: list[str]) -> t
             f"{len(failures)} object(s) or pieces of {len(pieces)} could not be indexed, nothing was published; the vectors of"
             f" the others are kept, mend these and run again: {shown}{more}"
         )
+    records: list[CommitRecord] = []
+    lost: list[str] = []
     with ThreadPoolExecutor(16) as pool:
-        records = list(pool.map(lambda piece: read_record(store, piece_key(run.prefix, piece.piece_id)), pieces))
-    lost = [piece.piece_id for piece, record in zip(pieces, records, strict=True) if record is None]
+        read = pool.map(lambda piece: read_record(store, piece_key(run.prefix, piece.piece_id)), pieces)
+        for piece, record in zip(pieces, read, strict=True):
+            if record is None:
+                lost.append(piece.piece_id)
+                continue
+            context.progress.telemetry.note_records([record.facts])
+            record.facts.pop("token_lengths", None)  # kilobytes a piece, and the records stay with the driver
+            records.append(record)
     if lost:
         raise SourceError(
             f"{len(lost)} piece(s) were not committed although the job ended ({', '.join(lost[:3])}); run again"
         )
-    context.progress.telemetry.note_records(record.facts for record in records if record is not None)
-    return [record for record in records if record is not None], {piece.piece_id for piece in missing}
+    return records, {piece.piece_id for piece in missing}
 
 
 def encoded_report(

@@ -184,7 +184,8 @@ def update_plan(work: Workload, c: Coefficients, changed: float) -> dict[str, fl
     if work.uses_gpu:
         encode = tokens / c["gpu_tokens_per_s"] / work.num_encoders
     else:
-        encode = tokens * encode_s_per_token(c, work.corpus.tokens_per_chunk) / work.num_encoders
+        encode = tokens * encode_s_per_token(c, work.corpus.tokens_per_chunk)
+        encode /= work.num_encoders * work.threads_per_worker
     return {
         "documents_changed": docs * changed,
         "scan_s": scan / work.fleet.num_cores + waits,
@@ -196,8 +197,11 @@ def update_plan(work: Workload, c: Coefficients, changed: float) -> dict[str, fl
 
 def _set_storage(c: Coefficients, storage: Storage, on_s3: bool) -> bool:
     """Fill what the times need of the storage; False where it is not known: then waiting is left out of them."""
-    known = "storage_get_s" in c.table or storage.latency_s is not None
-    latency = Coefficient(storage.latency_s or 0.0, "s", "--storage-latency-ms" if storage.latency_s else "not known")
+    known = ("storage_get_s" in c.table or storage.latency_s is not None) and (
+        "storage_bytes_per_s" in c.table or storage.bytes_per_s is not None
+    )
+    said = storage.latency_s is not None
+    latency = Coefficient(storage.latency_s or 0.0, "s", "--storage-latency-ms" if said else "not known")
     for name in ("storage_get_s", "storage_put_s"):
         if storage.latency_s is not None or name not in c.table:
             c.table[name] = latency

@@ -35,7 +35,7 @@ def find_limits(planned: Planned, deadline_s: float | None) -> list[str]:
         found.append(f"MEMORY: all processes of a node together need {_gb(nodes[0].memory_bytes)} of its {_gb(memory)}")
     if not planned.storage_known:
         found.append(
-            "STORAGE: neither its latency nor its bandwidth is known, so waiting for it is not in the times; measure it with"
+            "STORAGE: its latency or its bandwidth is not known, so waiting for it is not all in the times; measure it with"
             " --calibrate --root s3://..., or say --storage-latency-ms and --network-gbit"
         )
     if deadline_s is not None and planned.seconds > deadline_s:

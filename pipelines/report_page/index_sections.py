@@ -18,7 +18,9 @@ EVEN = 1.5  # imbalance of lists up to which nothing is to be done; k-means on r
 def recall_section(facts: Facts) -> str:
     """Recall by nprobe, and what it costs in latency where that was measured."""
     quality, points = facts["quality"], facts.get("operating_points")
-    measured = [*quality.get("curve", []), *(points or {}).get("curve", [])]
+    inherited = points is not None and points["version"] != facts["version"]
+    # What an earlier version reached is no point of this one's curve.
+    measured = [*quality.get("curve", []), *((points or {}).get("curve", []) if not inherited else [])]
     by_refine: dict[int, dict[int, float]] = {}
     for point in measured:
         by_refine.setdefault(point["refine_factor"], {})[point["nprobe"]] = point["recall@10"]
@@ -60,6 +62,11 @@ def recall_section(facts: Facts) -> str:
             for p in points["points"]
         ]  # fmt: skip
         parts.append("<h3>Operating points: what a recall costs</h3>")
+        if inherited:
+            parts.append(
+                f'<p class="hint">Measured on {esc(points["version"])}, which has the same quantizer, and inherited from it:'
+                f" <code>vectormill eval {esc(facts['root'])}</code> measures this version.</p>"
+            )
         parts.append(f'<div class="chart">{ranges(bars)}</div>{table(head, rows, numbers=range(6))}')
         parts.append(
             f'<p class="hint">Full colour up to the median, faint up to the 99th percentile. Latency of single vector queries with {points["threads"]} thread(s) of the machine that measured,'

@@ -84,7 +84,7 @@ def test_a_deadline_that_cannot_be_kept_says_what_it_takes() -> None:
 
 
 def test_what_is_not_known_of_the_storage_is_said() -> None:
-    assert any("STORAGE: neither its latency" in warning for warning in a_plan(storage=Storage()).warnings)
+    assert any("STORAGE: its latency or its bandwidth" in warning for warning in a_plan(storage=Storage()).warnings)
     assert not any("STORAGE" in warning for warning in a_plan().warnings)
 
 
