@@ -39,6 +39,7 @@ class LogReader:
         self.error: str | None = None
         self.result: dict[str, Any] | None = None
         self.last_line = ""
+        self.num_read = 0  # characters of the log: where a new stream, which begins anew, goes on
 
     def feed(self, text: str) -> None:
         """The next characters of the log."""
@@ -100,7 +101,6 @@ def follow(jobs: Jobs, submission_id: str, write: Callable[[str], None], say: Ca
     Raises ResourceError when the head does not answer for LOST_TIMEOUT_S: the job may be going on then.
     """
     reader = LogReader(write)
-    shown = 0  # characters
     lost_since: float | None = None
     said_pending = False
     while True:
@@ -115,7 +115,7 @@ def follow(jobs: Jobs, submission_id: str, write: Callable[[str], None], say: Ca
                     said_pending = True
                 time.sleep(POLL_S)
                 continue
-            shown = asyncio.run(_tail(jobs, submission_id, reader, shown))
+            asyncio.run(_tail(jobs, submission_id, reader))
             job = jobs.get(submission_id)
             if job.has_ended:
                 reader.end()
@@ -134,8 +134,8 @@ def follow(jobs: Jobs, submission_id: str, write: Callable[[str], None], say: Ca
             time.sleep(5 * POLL_S)
 
 
-async def _tail(jobs: Jobs, submission_id: str, reader: LogReader, shown: int) -> int:
-    """Feed the reader with what follows the first `shown` characters; how many there are in all when the stream ends."""
+async def _tail(jobs: Jobs, submission_id: str, reader: LogReader) -> None:
+    """Feed the reader with what follows the characters that it had from earlier streams, until this one ends."""
     import aiohttp
 
     stream = jobs.tail(submission_id)
@@ -147,12 +147,13 @@ async def _tail(jobs: Jobs, submission_id: str, reader: LogReader, shown: int) -
             done, _ = await asyncio.wait({waiting}, timeout=SILENCE_S)
             if not done:
                 if jobs.get(submission_id).has_ended:
-                    return max(shown, passed)
+                    return
                 continue
             text = waiting.result()
             waiting = None
-            reader.feed(text[max(0, shown - passed) :])
+            reader.feed(text[max(0, reader.num_read - passed) :])
             passed += len(text)
+            reader.num_read = max(reader.num_read, passed)
     except StopAsyncIteration:
         pass
     except (aiohttp.ClientError, RuntimeError, OSError):
@@ -161,7 +162,6 @@ async def _tail(jobs: Jobs, submission_id: str, reader: LogReader, shown: int) -
         if waiting is not None:
             waiting.cancel()
             await asyncio.wait({waiting})
-    return max(shown, passed)
 
 
 def _error_of(job: Job, reader: LogReader) -> str | None:

@@ -119,6 +119,10 @@ class Jobs:
                     ),
                     timeout_s=10 * CALL_TIMEOUT_S,
                 )
+            except ResourceError as error:
+                raise ResourceError(
+                    f"{error}. Job {job.submission_id} may have been submitted all the same: `vectormill jobs` tells"
+                ) from None
             except RuntimeError as error:
                 if "already exists" not in str(error):
                     raise
@@ -181,7 +185,10 @@ class Jobs:
             ) from None
         except (OSError, RuntimeError) as error:  # those of requests are OSErrors
             # A head that is in trouble answers with code 500, and so does one that refuses what it was asked.
-            if isinstance(error, RuntimeError) and (lost is ResourceError or "status code 5" not in str(error)):
+            told = str(error)
+            if isinstance(error, RuntimeError) and (
+                "already exists" in told or "does not exist" in told or "status code 5" not in told
+            ):
                 raise
             raise lost(
                 f"no answer from the Jobs API at {self.address}: {_first_line(error)}; give the address of the head node's"
