@@ -108,7 +108,8 @@ def stream_pieces(
     """Run all pieces; yields each as it is committed or has failed, in no particular order.
 
     When nodes are lost it goes on with as many encoders as there is room for; `say` tells. Raises ResourceError when there
-    is room for none for `wait_for_nodes_s` or no piece ends for `stall_timeout_s`, OSError when the store takes no more.
+    is room for none for `wait_for_nodes_s` or otherwise no piece ends for `stall_timeout_s`, OSError when the store takes
+    no more.
     `check` is called about once a second.
     """
     pool = EncoderPool(plan, wait_for_nodes_s, say)

@@ -128,6 +128,11 @@ class SupplyWatch:
         self._none_since: float | None = None
         self._silent_since: float | None = None  # the head
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the last look found room for none."""
+        return self._none_since is not None
+
     def look(self) -> int | None:
         """How many the cluster has room for, None when it is not time to look yet.
 

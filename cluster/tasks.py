@@ -31,7 +31,7 @@ def run_tasks(
     A worker that dies is replaced and its task run again (its commits make that safe). An exception of the function is
     kept until all other tasks have ended, then raised: a VectormillError as it is, with the number of further failures.
     `check` is called about once a second. Raises ResourceError when nothing finishes for `stall_timeout_s`, or no node
-    could hold one such task for `wait_for_nodes_s`, which `say` tells before.
+    could hold one such task for `wait_for_nodes_s`, which `say` tells before; that wait does not count as a stall.
     """
     import ray
     from ray.exceptions import RayError, RayTaskError
@@ -74,6 +74,8 @@ def run_tasks(
             check()
         if not done:
             supply.look()
+            if supply.is_waiting:
+                last_progress = time.monotonic()
         if time.monotonic() - last_progress > stall_timeout_s:
             raise ResourceError(
                 f"no {function.__name__} finished for {stall_timeout_s:.0f} s ({len(running)} running, {len(waiting)} waiting);"

@@ -69,7 +69,8 @@ def stream(context: RunContext, pieces: list[Piece], unreadable: list[str]) -> t
             context.session,
             config.cluster.wait_for_nodes_s,
             context.progress.say,
-            workers=config.encode.workers,
+            # An update of a few texts shall not wait for a fleet that was named for many.
+            workers=min(config.encode.workers, len(missing)) if context.reference else config.encode.workers,
             threads_per_worker=config.encode.threads_per_worker,
             use_gpu=context.uses_gpu,
             pieces_in_flight=config.cluster.pieces_in_flight,
