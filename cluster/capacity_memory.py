@@ -34,8 +34,9 @@ def memory_peaks(work: Workload, c: Mapping[str, float]) -> list[MemoryPeak]:
     piece_text = work.docs_per_piece * corpus.bytes_per_doc
     piece_rows = work.rows_per_piece
     encoded = piece_rows * (2 * d + row_text)
+    together = work.pieces_per_task  # a stage holds all pieces of its block
     more_weights = max(0.0, work.model.num_weights - c["encoder_weights"])
-    encoder = c["encoder_bytes"] + more_weights * c["encoder_bytes_per_weight"] + 2 * encoded
+    encoder = c["encoder_bytes"] + more_weights * c["encoder_bytes_per_weight"] + together * 2 * encoded
     hashes = min(corpus.num_docs, HASHES_PER_PASS)
     # kernels/ivfpq.py training_bytes: the sample in float16 and float32, and sums of the lists or residuals of the codebooks.
     least, most = PQ_TRAIN_POINTS
@@ -49,7 +50,7 @@ def memory_peaks(work: Workload, c: Mapping[str, float]) -> list[MemoryPeak]:
     return [
         MemoryPeak("all stages", "driver", c["driver_bytes"] + records, False, "pieces"),
         MemoryPeak("encode pieces", "encoder", encoder, True, "piece, batch_tokens"),
-        MemoryPeak("encode pieces", "task", base + 4 * piece_text + 2 * encoded, True, "piece"),
+        MemoryPeak("encode pieces", "task", base + together * (4 * piece_text + 2 * encoded), True, "piece"),
         MemoryPeak(
             "number rows", "task", base + hashes * c["number_rows_bytes_per_hash"] + records, False, "documents"
         ),

@@ -65,8 +65,8 @@ def node_bytes(work: Workload, c: Mapping[str, float], peaks: list[MemoryPeak], 
 
 
 def _object_store(work: Workload) -> int:
-    """Bytes of a node's object store: the pieces in flight, of which a node may hold all; at least 1 GiB."""
-    in_flight = work.pieces_in_flight * max(2 * work.read.piece_bytes, 1 << 20)
+    """Bytes of a node's object store: twice its share of what cluster/stream.py lets be in flight; at least 1 GiB."""
+    in_flight = work.pieces_in_flight * work.pieces_per_task * max(2 * work.read.piece_bytes, 1 << 20)
     return math.ceil(max(GIB, 2 * in_flight / work.fleet.num_nodes) / GIB) * GIB
 
 

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from cluster.preflight import READING_CPUS
+from cluster.preflight import READING_CPUS, StreamPlan
 from cluster.session import ClusterConfig
 from cluster.supply import Demand, NodeSupply, room_for
 from operators.errors import ConfigError
@@ -135,17 +135,32 @@ class Workload:
         return self.corpus.num_vectors / self.num_pieces
 
     @cached_property
-    def num_encoders(self) -> int:
-        """Encoders of the pool, as cluster/preflight.py counts them: beside them one CPU slot stays free."""
+    def most_encoders(self) -> int:
+        """Encoders that the fleet has room for, as cluster/preflight.py counts them: beside them one CPU slot stays free."""
         fleet = self.fleet
         slots = fleet.cpus_per_node + (1 if fleet.is_local else 0)
         nodes = [NodeSupply(slots, fleet.gpus_per_node)] * fleet.num_nodes
         each = Demand("encoder", 1 if self.uses_gpu else self.threads_per_worker, 1.0 if self.uses_gpu else 0.0)
-        return min(self.workers or max(1, room_for(each, nodes, READING_CPUS)), self.num_pieces)
+        return max(1, room_for(each, nodes, READING_CPUS))
+
+    @cached_property
+    def num_encoders(self) -> int:
+        """Encoders of the pool."""
+        return min(self.workers or self.most_encoders, self.num_pieces)
 
     @property
     def pieces_in_flight(self) -> int:
+        """Of the settings' count: blocks of `pieces_per_task` pieces."""
         return self.cluster.pieces_in_flight or 2 * self.num_encoders + 4
+
+    @cached_property
+    def pieces_per_task(self) -> int:
+        """Pieces that travel as one block through the encoding stages."""
+        from cluster.stream import pieces_per_task  # here: it brings what the stages work with
+
+        gpus = 1.0 if self.uses_gpu else 0.0
+        plan = StreamPlan(self.num_encoders, self.threads_per_worker, gpus, self.pieces_in_flight)
+        return pieces_per_task(plan, self.num_pieces, self.read.piece_bytes)
 
     @cached_property
     def sizes(self) -> IndexSizes:

@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from cluster.capacity import PodSizes, measured
+from cluster.capacity import PodSizes, Workload, measured
 from cluster.kubernetes.cluster_sizes import job_sizes
 from cluster.kubernetes.entrypoint import job_command
 from cluster.kubernetes.manifest_settings import ManifestSettings
@@ -83,13 +83,25 @@ def job_words(
     assignments = given.get("assignments") or []
     named = {"encode.model": (given.get("model"), "--model"), "encode.workers": (given.get("workers"), "--workers")}
     job = load_config(None, assignments, {key: pair for key, pair in named.items() if pair[0] is not None})
-    if words[0] == "build" and settings.num_gpus and job.encode.precision == "auto":
+    told = {assignment.partition("=")[0].strip() for assignment in assignments}
+    told |= {key for key, (value, _) in named.items() if value is not None}
+    on_gpus = settings.num_gpus > 0 and job.encode.device != "cpu" and job.encode.precision != "int8"
+    if words[0] == "build" and on_gpus and job.encode.precision == "auto":
         # The driver runs on the head, which has no GPU to decide by.
         words += ["--set", "encode.precision=bfloat16"]
-    wait = "cluster.wait_for_nodes_s"
-    if words[0] != "verify" and not any(assignment.startswith(wait) for assignment in assignments):
+    # Idle nodes are given back before the driver asks for encoders: it must not take what is left for the whole cluster.
+    wanted: dict[str, Any] = {}
+    if words[0] in ("build", "update") and on_gpus:
+        wanted["encode.device"] = "cuda"
+    # An update on CPUs has the threads of the published version, which are not known here: its nodes stay.
+    if words[0] == "build" or (words[0] == "update" and on_gpus):
+        wanted["encode.workers"] = _workload(settings, job, on_gpus).most_encoders
+    if words[0] != "verify":
         # A node that is lost is replaced by one that may have to be started first.
-        words += ["--set", f"{wait}={settings.max_start_minutes * 60}"]
+        wanted["cluster.wait_for_nodes_s"] = settings.max_start_minutes * 60
+    for key, value in wanted.items():
+        if key not in told:
+            words += ["--set", f"{key}={value}"]
     return words, job
 
 
@@ -113,19 +125,22 @@ def service_fields(
 
 def job_sizes_for(settings: ManifestSettings, command: str, job: RunConfig) -> PodSizes:
     """Sizes of a job's pods, from the sizing code (docs/capacity-planning.md) and the job's own settings."""
-    coefficients = measured()
+    work = _workload(settings, job, on_gpus=settings.num_gpus > 0)
+    return job_sizes(settings, work, measured(), for_updates=command == "update")
+
+
+def _workload(settings: ManifestSettings, job: RunConfig, on_gpus: bool) -> Workload:
     asked = Asked(
         docs=int(settings.docs),
         tokens_per_doc=settings.tokens_per_doc,
         bytes_per_doc=settings.bytes_per_doc or None,
-        gpu=settings.gpu,
+        gpu=settings.gpu if on_gpus else "none",
         nodes=settings.nodes,
         cpus_per_node=settings.cpus_per_node,
         memory_per_node=1.0,  # what is asked for follows
-        gpus_per_node=settings.num_gpus,
+        gpus_per_node=settings.num_gpus if on_gpus else 0,
     )
-    work = workload(asked, job, coefficients["bytes_per_token"])
-    return job_sizes(settings, work, coefficients, for_updates=command == "update")
+    return workload(asked, job, measured()["bytes_per_token"])
 
 
 def _parsed(context: typer.Context, words: Sequence[str]) -> dict[str, Any]:

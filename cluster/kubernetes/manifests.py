@@ -100,6 +100,8 @@ def _resource(api_version: str, kind: str, settings: ManifestSettings, name: str
 
 
 def _ray_job(settings: ManifestSettings, sizes: PodSizes, steps: Sequence[Sequence[str]]) -> Resource:
+    command = steps[0]
+    keeps_workers = command[0] == "update" and "encode.device=cuda" not in command  # pipelines/manifest_job.py says why
     spec = {
         "entrypoint": entrypoint(steps),
         # A pod of its own follows the job: its log outlives the Ray cluster.
@@ -113,7 +115,7 @@ def _ray_job(settings: ManifestSettings, sizes: PodSizes, steps: Sequence[Sequen
         "preRunningDeadlineSeconds": settings.max_start_minutes * 60,
         "shutdownAfterJobFinishes": True,
         "ttlSecondsAfterFinished": settings.keep_minutes * 60,
-        "rayClusterSpec": ray_cluster_spec(settings, sizes, serves=False),
+        "rayClusterSpec": ray_cluster_spec(settings, sizes, serves=False, keeps_workers=keeps_workers),
     }
     resource = _resource("ray.io/v1", "RayJob", settings, settings.name, spec=spec)
     resource["metadata"]["labels"][ROOT_LABEL] = root_label(settings.root)

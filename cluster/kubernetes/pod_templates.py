@@ -38,13 +38,15 @@ def service_account_name(settings: ManifestSettings) -> str:
     return settings.service_account or settings.name
 
 
-def head_template(settings: ManifestSettings, size: PodSize) -> dict[str, Any]:
+def head_template(settings: ManifestSettings, size: PodSize, *, serves: bool) -> dict[str, Any]:
     """The head: no work is scheduled on it, it is not evicted for the sake of packing, and never on spot.
 
     Its account's token is mounted: KubeRay's autoscaler runs beside it.
     """
     container = _ray_container("ray-head", settings, size)
-    container["ports"] = [{"name": name, "containerPort": port} for name, port in HEAD_PORTS.items()]
+    # KubeRay makes the service from the head's port of this name, also where the head takes none of its requests.
+    ports = HEAD_PORTS | ({"serve": SERVE_PORT} if serves else {})
+    container["ports"] = [{"name": name, "containerPort": port} for name, port in ports.items()]
     spec = _pod_spec(settings, size, [container])
     spec["automountServiceAccountToken"] = True
     on_spot = [{"key": key, "operator": "NotIn", "values": [value]} for key, value in SPOT_LABELS.items()]

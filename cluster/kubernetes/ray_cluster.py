@@ -11,12 +11,14 @@ from cluster.kubernetes.pod_templates import HOME, container_security, head_temp
 
 
 def ray_cluster_spec(
-    settings: ManifestSettings, sizes: PodSizes, *, serves: bool, max_workers: int = 0
+    settings: ManifestSettings, sizes: PodSizes, *, serves: bool, keeps_workers: bool = False, max_workers: int = 0
 ) -> dict[str, Any]:
     """Head and worker groups with token authentication and Ray's autoscaler.
 
-    A job's workers are all there from the beginning, so that its preflight check sees the whole cluster; those that are
-    idle for `idle_minutes` are given back, and come again when work waits for them. A service keeps its least number.
+    A job's workers are all there in the beginning; those that are idle for `idle_minutes` are given back, also while others
+    are still to come or the driver lists sources, and come again when the job asks for them: so its command must say how
+    many encoders it wants (pipelines/manifest_job.py). keeps_workers: none is given back before the end, for a job that
+    takes as many encoders as there is room for. A service keeps its least number.
     max_workers: most nodes of a worker group; 0: as many as the sizes say.
     """
     auth: dict[str, Any] = {"mode": "token"}
@@ -43,16 +45,18 @@ def ray_cluster_spec(
                 "dashboard-host": "0.0.0.0",
                 "object-store-memory": str(sizes.head.object_store_bytes),
             },
-            "template": head_template(settings, sizes.head),
+            "template": head_template(settings, sizes.head, serves=serves),
         },
         "workerGroupSpecs": [
-            _worker_group(name, settings, size, max_workers, serves) for name, size in groups if size is not None
+            _worker_group(name, settings, size, max_workers, serves, keeps_workers or serves)
+            for name, size in groups
+            if size is not None
         ],
     }
 
 
 def _worker_group(
-    name: str, settings: ManifestSettings, size: PodSize, max_workers: int, serves: bool
+    name: str, settings: ManifestSettings, size: PodSize, max_workers: int, serves: bool, keeps: bool
 ) -> dict[str, Any]:
     parameters = {"num-cpus": str(size.cpus), "object-store-memory": str(size.object_store_bytes)}
     if size.gpus:
@@ -60,7 +64,7 @@ def _worker_group(
     return {
         "groupName": name,
         "replicas": size.num_pods,
-        "minReplicas": size.num_pods if serves else 0,
+        "minReplicas": size.num_pods if keeps else 0,
         "maxReplicas": max(size.num_pods, max_workers),
         "rayStartParams": parameters,
         "template": worker_template(settings, size, serves=serves),

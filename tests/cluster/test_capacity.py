@@ -31,8 +31,9 @@ from cluster.capacity_requests import stage_requests
 from cluster.capacity_time import kmeans_rows, pq_rows, stage_times
 from cluster.coefficients import HERE
 from cluster.gpu_rates import CITED, cited_rate
-from cluster.preflight import plan_stream
+from cluster.preflight import StreamPlan, plan_stream
 from cluster.session import Session
+from cluster.stream import BLOCK_BYTES, pieces_per_task
 from cluster.workload import TABLE_DOCUMENTS
 from kernels import kmeans
 from kernels import pq as kernels_pq
@@ -217,6 +218,27 @@ def test_pods_hold_every_peak_and_the_head_the_ledger() -> None:
     assert pods.gpu_workers is not None and pods.cpu_workers is None
     assert pods.gpu_workers.memory_bytes > max(peak.size_bytes for peak in memory_peaks(work, c))
     assert size_pods(work, c, for_updates=True).head.memory_bytes > 200e9 > pods.head.memory_bytes
+
+
+def test_pods_hold_the_blocks_of_several_pieces_that_gpus_are_given() -> None:
+    wide = dataclasses.replace(MINILM, d=1024, hidden=1024)
+    on_gpus = dataclasses.replace(a_workload(10**8, fleet=Fleet(1, 32, 256e9, 8, "h100", False)), model=wide)
+    on_cpus = dataclasses.replace(on_gpus, fleet=Fleet(1, 32, 256e9, is_local=False))
+    single = dataclasses.replace(on_gpus, read=ReadConfig(piece_bytes=BLOCK_BYTES, piece_rows=on_gpus.read.piece_rows))
+    plan = StreamPlan(on_gpus.num_encoders, 1, 1.0, on_gpus.pieces_in_flight)
+    pieces = pieces_per_task(plan, on_gpus.num_pieces, on_gpus.read.piece_bytes)
+    assert (on_gpus.pieces_per_task, on_cpus.pieces_per_task, single.pieces_per_task) == (pieces, 1, 1)
+    assert pieces == 8
+    c = known()
+
+    def task(work: Workload) -> float:
+        return next(p.size_bytes for p in memory_peaks(work, c) if (p.stage, p.process) == ("encode pieces", "task"))
+
+    assert task(on_gpus) - c["task_worker_bytes"] == pytest.approx(8 * (task(on_cpus) - c["task_worker_bytes"]))
+    # The bound that cluster/stream.py sets on blocks between stages, which the store must hold without spilling.
+    limit = on_gpus.pieces_in_flight * pieces * 2 * on_gpus.read.piece_bytes
+    pods = size_pods(on_gpus, c)
+    assert pods.gpu_workers is not None and pods.gpu_workers.object_store_bytes >= limit > 1 << 30
 
 
 def test_a_public_figure_of_a_gpu_is_named_as_such_and_none_is_made_up() -> None:

@@ -224,6 +224,8 @@ def test_a_job_on_gpus_has_groups_with_and_without_and_a_precision() -> None:
     assert "nodeSelector" not in groups["cpu"]["template"]["spec"]
     # The head has no GPU, so a driver could not decide.
     assert "--set encode.precision=bfloat16" in job["spec"]["entrypoint"]
+    # Idle nodes are given back early: what is left must not be taken for the cluster.
+    assert "--set encode.device=cuda --set encode.workers=32" in job["spec"]["entrypoint"]
     account = the("ServiceAccount", written(MANIFESTS["build on GPUs"]))
     assert account["metadata"]["annotations"] == {"eks.amazonaws.com/role-arn": "arn:aws:iam::123456789012:role/reader"}
 
@@ -240,7 +242,8 @@ def test_workers_may_be_on_spot_and_the_head_never_is() -> None:
 def test_another_attempt_goes_on_and_an_end_is_in_sight() -> None:
     spec = the("RayJob", written([*MANIFESTS["build"], "--set=max_hours=2.5", "--set=retries=4"]))["spec"]
     assert spec["entrypoint"] == (
-        "vectormill build s3://bucket/docs/ s3://bucket/more/ --out s3://bucket/index --set cluster.wait_for_nodes_s=3600"
+        "vectormill build s3://bucket/docs/ s3://bucket/more/ --out s3://bucket/index --set encode.workers=7"
+        " --set cluster.wait_for_nodes_s=3600"
     )
     assert (spec["backoffLimit"], spec["activeDeadlineSeconds"], spec["preRunningDeadlineSeconds"]) == (4, 9000, 3600)
     assert spec["shutdownAfterJobFinishes"] and spec["ttlSecondsAfterFinished"] == 1800
@@ -324,6 +327,18 @@ def test_serves_own_schema_and_the_services_settings_take_the_configuration() ->
     assert variables["RAY_SERVE_THROUGHPUT_OPTIMIZED"]["value"] == "1"
 
 
+def test_kuberay_finds_the_port_that_it_makes_the_service_from_on_head_and_workers() -> None:
+    """BuildServeService (ray-operator/controllers/ray/common/service.go) fails without one on the head."""
+    spec = the("RayService", written(MANIFESTS["service"]))["spec"]
+    assert spec["excludeHeadPodFromServeSvc"]
+    port = yaml.safe_load(spec["serveConfigV2"])["http_options"]["port"]
+    for group in (spec["rayClusterConfig"]["headGroupSpec"], *spec["rayClusterConfig"]["workerGroupSpecs"]):
+        [container] = group["template"]["spec"]["containers"]
+        assert {"name": "serve", "containerPort": port} in container["ports"]
+    head = the("RayJob", written(MANIFESTS["build"]))["spec"]["rayClusterSpec"]["headGroupSpec"]
+    assert "serve" not in {port["name"] for port in head["template"]["spec"]["containers"][0]["ports"]}
+
+
 # ----- the command --------------------------------------------------------------------------------------------------
 
 # What KubeRay makes of an entrypoint in a submitter's container (K8sJobMode), with Ray's part: `ray job submit` quotes
@@ -380,8 +395,29 @@ def test_settings_of_a_file_and_options_become_words(tmp_path: Path) -> None:
     assert words[6:] == [
         *("--set", "read.text_columns=title,body", "--set", "chunk.mode=truncate", "--set", "index.nlist=64"),
         *options[3:],
-        *("--set", "cluster.wait_for_nodes_s=3600"),
+        *("--set", "encode.workers=7", "--set", "cluster.wait_for_nodes_s=3600"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "device", "workers", "stays"),
+    [
+        (["--kind=rayjob", *JOB, *GPUS, "--", "--workers", "3"], ["cuda"], [], False),
+        (["--kind=rayjob", *JOB, *GPUS, "--", "--set", "encode.workers=5"], ["cuda"], ["5"], False),
+        (["--kind=rayjob", *JOB, *GPUS, "--", "--set", "encode.device=cpu"], ["cpu"], ["63"], False),
+        (["--kind=rayjob", *JOB, "--set=nodes=4", "--", "--set", "encode.threads_per_worker=4"], [], ["7"], False),
+        (["--kind=cronjob", *JOB, *GPUS], ["cuda"], ["32"], False),
+        (["--kind=cronjob", *JOB, "--set=nodes=4"], [], [], True),  # the published version knows its threads
+    ],
+)
+def test_a_job_says_what_it_encodes_with_or_keeps_its_nodes(
+    arguments: list[str], device: list[str], workers: list[str], stays: bool
+) -> None:
+    spec = the("RayJob", written(arguments))["spec"]
+    assert re.findall(r"encode\.device=(\w+)", spec["entrypoint"]) == device
+    assert re.findall(r"encode\.workers=(\d+)", spec["entrypoint"]) == workers
+    groups = spec["rayClusterSpec"]["workerGroupSpecs"]
+    assert [group["minReplicas"] for group in groups] == [group["replicas"] if stays else 0 for group in groups]
 
 
 # ----- wrong usage --------------------------------------------------------------------------------------------------
