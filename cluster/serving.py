@@ -20,6 +20,7 @@ import logging
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -32,6 +33,7 @@ DEPLOYMENT = "search"
 # Requests that Serve hands to a replica before it queues them itself. The replica's own bound (settings.max_queue) is what
 # refuses: it counts queries, answers in JSON and says when to come again.
 MAX_ONGOING_REQUESTS = 4096
+DELETE_SPARE_S = 30.0  # beyond what replicas get to finish their requests
 OBJECT_STORE_BYTES = 100 << 20  # Serve sends requests as messages, not as objects
 
 
@@ -89,6 +91,7 @@ class SearchReplica:
 
     def __init__(self, args: dict[str, Any]) -> None:
         self._args = ServingArgs(**args)
+        self._listening: _Listening | None = None
 
     def __serve_build_asgi_app__(self) -> Callable[..., Any]:
         args = self._args
@@ -96,7 +99,15 @@ class SearchReplica:
         create_app = getattr(importlib.import_module(module), name)
         fields = {**args.settings, "root": args.root, "threads": args.threads_per_replica, "drain_s": args.drain_s}
         app: Callable[..., Any] = create_app(fields, hosts=args.hosts)
-        return _Listening(app, args) if args.listen else app
+        if not args.listen:
+            return app
+        self._listening = _Listening(app, args)
+        return self._listening
+
+    def check_health(self) -> None:
+        """Ray Serve replaces a replica for which this raises."""
+        if self._listening is not None:
+            self._listening.check()
 
 
 class _Listening:
@@ -159,6 +170,15 @@ class _Listening:
         self._task = asyncio.get_running_loop().create_task(self._server.serve(sockets=[listener]))
         while not self._server.started and not self._task.done():
             await asyncio.sleep(0.01)
+        if self._task.done():
+            await self._task  # raises what ended it, if anything did
+            raise RuntimeError(f"the server of {self._args.listen} ended as it was started")
+
+    def check(self) -> None:
+        """Raise RuntimeError when nobody listens any more, and nobody has asked for that."""
+        if self._task is not None and self._task.done() and not self._server.should_exit:
+            cause = None if self._task.cancelled() else self._task.exception()
+            raise RuntimeError(f"the server of {self._args.listen} has ended") from cause
 
     async def _stop(self) -> None:
         """Take no more connections, and answer what has come."""
@@ -167,10 +187,10 @@ class _Listening:
             await self._task
 
 
-def run(args: ServingArgs, host: str, port: int, ready: Callable[[str], None]) -> None:
+def run(args: ServingArgs, host: str, port: int, ready: Callable[[], None]) -> None:
     """Serve on this machine until SIGTERM or SIGINT; then what is in flight is answered, and Ray is stopped.
 
-    ready: called with the URL once requests are taken. Raises what the replicas raised when they cannot start.
+    ready: called once requests are taken. Raises what the replicas raised when they cannot start.
     """
     stop = threading.Event()
     with _local_ray(args), _signals(stop):  # in this order: Ray sets a handler of its own
@@ -185,10 +205,18 @@ def run(args: ServingArgs, host: str, port: int, ready: Callable[[str], None]) -
             logging_config={"enable_access_log": False, "log_level": "WARNING"},
         )
         serve.run(build_app(args), name=APPLICATION, logging_config={"enable_access_log": False, "log_level": "INFO"})
-        ready(f"http://{host}:{port}")
+        ready()
         stop.wait()
-        serve.delete(APPLICATION)
+        _delete(args.drain_s + DELETE_SPARE_S)
         serve.shutdown()
+
+
+def _delete(timeout_s: float) -> None:
+    """Let the replicas end, as long as they may take; Ray Serve itself waits for 60 s and then raises."""
+    serve.delete(APPLICATION, _blocking=False)
+    until = time.monotonic() + timeout_s
+    while APPLICATION in serve.status().applications and time.monotonic() < until:
+        time.sleep(0.1)
 
 
 @contextlib.contextmanager
@@ -206,6 +234,7 @@ def _signals(stop: threading.Event) -> Iterator[None]:
 def _local_ray(args: ServingArgs) -> Iterator[None]:
     """For the block: a Ray of this machine's own, on loopback, with token authentication and without a dashboard."""
     ray.init(
+        address="local",  # whatever RAY_ADDRESS names, or runs on this machine
         num_cpus=args.replicas * args.threads_per_replica + 1,
         object_store_memory=OBJECT_STORE_BYTES,
         include_dashboard=False,

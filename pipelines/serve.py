@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import ipaddress
 import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +39,7 @@ class ServePlan:
     """What is about to be served, checked as far as that is possible before anything starts."""
 
     settings: ServiceSettings
-    host: str
+    host: str  # an address in numbers: a name may stand for several, and all that listen must mean the same
     port: int
     replicas: int
     hosts: tuple[str, ...]  # that are answered; empty: all
@@ -63,12 +64,13 @@ def plan_serve(settings: ServiceSettings, host: str, port: int, replicas: int, *
     check_search_settings(manifest, 1, settings.nprobe, settings.refine_factor)
     if settings.recall is not None:
         point_for(store, manifest, settings.recall)
-    _check_free(host, port)
+    address = _free_address(host, port)
     # Without a token whatever a browser on this machine loads could ask for answers, under a name that leads here.
-    hosts = LOOPBACK_NAMES if loopback and token is None else ()
-    return ServePlan(
-        dataclasses.replace(settings, root=store.url), host, port, replicas, tuple(hosts), manifest.version
-    )
+    hosts: tuple[str, ...] = ()
+    if loopback and token is None:
+        own_name = url_host(address)
+        hosts = LOOPBACK_NAMES if own_name in LOOPBACK_NAMES else (*LOOPBACK_NAMES, own_name)
+    return ServePlan(dataclasses.replace(settings, root=store.url), address, port, replicas, hosts, manifest.version)
 
 
 def is_loopback(host: str) -> bool:
@@ -81,7 +83,8 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def _check_free(host: str, port: int) -> None:
+def _free_address(host: str, port: int) -> str:
+    """The first address of the host, in numbers, on which this process may listen and nobody does."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except socket.gaierror as error:
@@ -89,13 +92,33 @@ def _check_free(host: str, port: int) -> None:
     family, kind, protocol, _, address = found[0]
     with socket.socket(family, kind, protocol) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(address)
-        except OSError as error:
-            raise ResourceError(
-                f"cannot listen on {host} port {port}: {error.strerror} (--host, --port); end what listens there, or choose"
-                " another"
-            ) from None
+        _bind(probe, address)
+    return str(address[0])
+
+
+def _bind(listener: socket.socket, address: Any) -> None:
+    try:
+        listener.bind(address)
+    except OSError as error:
+        raise ResourceError(
+            f"cannot listen on {address[0]} port {address[1]}: {error.strerror} (--host, --port); end what listens there, or"
+            " choose another"
+        ) from None
+
+
+@contextlib.contextmanager
+def held_port(host: str, port: int) -> Iterator[None]:
+    """For the block: the port is this service's, its replicas may share it and no other service gets it.
+
+    Sockets of one user that all have SO_REUSEPORT share a port, also those of another service, and then requests go to one
+    index or the other. So this process holds the port with a socket that never listens, and that has not SO_REUSEADDR: it
+    fails whoever asks for the port by himself, as every service does first. Raises ResourceError when the port is taken.
+    """
+    _free_address(host, port)
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        _bind(held, (host, port))
+        yield
 
 
 def serve_on_ray(plan: ServePlan, ready: Callable[[dict[str, Any]], None], *, proxy: bool = False) -> None:
@@ -119,12 +142,9 @@ def serve_on_ray(plan: ServePlan, ready: Callable[[dict[str, Any]], None], *, pr
         listen="" if proxy else f"{plan.host}:{plan.port}",
         keep_alive_s=KEEP_ALIVE_S,
     )
-    run(
-        args,
-        plan.host,
-        plan.port,
-        lambda url: ready(_facts(plan, url, "ray serve, by its proxy" if proxy else "ray serve")),
-    )
+    facts = _facts(plan, url_of(plan.host, plan.port), "ray serve, by its proxy" if proxy else "ray serve")
+    with contextlib.nullcontext() if proxy else held_port(plan.host, plan.port):
+        run(args, plan.host, plan.port, lambda: ready(facts))
 
 
 def serve_in_process(plan: ServePlan, ready: Callable[[dict[str, Any]], None]) -> None:
@@ -166,7 +186,12 @@ def serve_in_process(plan: ServePlan, ready: Callable[[dict[str, Any]], None]) -
 
 
 def url_of(host: str, port: int) -> str:
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"http://{url_host(host)}:{port}"
+
+
+def url_host(host: str) -> str:
+    """A host as URLs and the Host header have it."""
+    return f"[{host}]" if ":" in host else host
 
 
 def _facts(plan: ServePlan, url: str, how: str) -> dict[str, Any]:

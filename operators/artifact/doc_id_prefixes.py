@@ -23,6 +23,7 @@ from operators.storage.checked import ObjectEntry
 from operators.storage.store import Store
 
 KEPT_BYTES = 64 << 20  # of entries of prefixes that were asked for before
+KEPT_PREFIXES = 1024
 ROWS_AT_ONCE = 1 << 20
 
 Ints = npt.NDArray[np.int64]
@@ -38,11 +39,12 @@ class DocIdPrefixes:
         row_ids_of: Callable[[Ints], Ints],
         live: Callable[[Ints], npt.NDArray[np.bool_]],
     ) -> None:
-        """row_ids_of, live: of entries int64 [n]; may be called in any thread."""
+        """row_ids_of, live: of entries int64 [n]; may be called in any thread, as long as the index lives."""
         self._store, self._manifest = store, manifest
         self._row_ids_of, self._live = row_ids_of, live
         self._lock = Lock()
         self._kept: OrderedDict[str, Ints] = OrderedDict()
+        self._kept_bytes = 0
         self._doc_ids: pa.Array | None = None
 
     @property
@@ -61,8 +63,9 @@ class DocIdPrefixes:
             if found is None:
                 self._load()
                 found = self._kept[prefix] = self._find(prefix)
-                while len(self._kept) > 1 and sum(entries.nbytes for entries in self._kept.values()) > KEPT_BYTES:
-                    self._kept.popitem(last=False)
+                self._kept_bytes += found.nbytes
+                while len(self._kept) > 1 and (self._kept_bytes > KEPT_BYTES or len(self._kept) > KEPT_PREFIXES):
+                    self._kept_bytes -= self._kept.popitem(last=False)[1].nbytes
             self._kept.move_to_end(prefix)
             return found
 

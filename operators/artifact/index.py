@@ -8,6 +8,7 @@ Q queries, d dimensions, k hits, C candidates.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -97,7 +98,12 @@ class Index:
         cache_bytes = CACHE_BYTES // (3 * max(1, len(refs)))
 
         def open_part(ref: PartRef, record: CommitRecord) -> RunReader:
-            return RunReader(files, ref.record_key, record.objects, record.facts, cache_bytes)
+            try:
+                return RunReader(files, ref.record_key, record.objects, record.facts, cache_bytes)
+            except IntegrityError:
+                for entry in record.objects.values():  # a damaged copy would be taken again and again
+                    files.drop_copy(entry.key)
+                raise
 
         def open_segment(number: int) -> MappedSegment | LoadedSegment:
             parts = slice(first_part[number], first_part[number + 1])
@@ -120,13 +126,21 @@ class Index:
             None if part in in_memory else self._map_vectors(files, record.objects["vectors"], record.facts)
             for part, record in enumerate(records)
         ]
-        self.row_groups = RowGroups(self.parts, row_cache_bytes)
-        self.prefixes = DocIdPrefixes(store, manifest, self.row_ids_of, self._are_live)
+        rows_keys = [record.objects["rows"].key for record in records]
+        self.row_groups = RowGroups(self.parts, row_cache_bytes, lambda part: files.drop_copy(rows_keys[part]))
+        # By a weak reference: in a cycle an index that a service has replaced would stay in memory, with its files mapped.
+        own = weakref.proxy(self)
+        self.prefixes = DocIdPrefixes(
+            store, manifest, lambda entries: own.row_ids_of(entries), lambda entries: own._are_live(entries)
+        )
 
     def _map_vectors(self, files: OpenFiles, entry: ObjectEntry, facts: dict[str, Any]) -> MappedVectors | None:
         """None where the object is remote."""
         path = files.local_path(entry.key)
-        return None if path is None else MappedVectors(path, entry, facts["num_entries"], self.manifest.d)
+        if path is None:
+            return None
+        is_copy = files.is_copy(entry.key)
+        return MappedVectors(path, entry, facts["num_entries"], self.manifest.d, is_copy=is_copy)
 
     def _check_lists(self, number: int, readers: list[RunReader]) -> None:
         """Raise IntegrityError unless the parts cover all lists in order and hold the segment's rows."""

@@ -18,6 +18,8 @@ from operators.artifact.quantizer import Quantizer
 
 SPARE = 16  # candidates asked for beyond the expected number of deleted ones among them
 
+TERMS_AT_ONCE = 2 << 20  # queries * candidates of one scan for entries that are few among others: bounds memory
+
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 Probes = tuple[Floats, Ints]  # coarse distances [Q, p] and list numbers [Q, p]
@@ -68,7 +70,8 @@ class ListScanner:
         if among is not None:
             bounds = np.searchsorted(among, [segment.first_entry, segment.end_entry])
             num_taken, taken = int(bounds[1] - bounds[0]), _membership(among)
-        return _best_of_taken(scan, queries_Qd, probes, wanted, segment.num_rows, num_taken, taken)
+        most = int(segment.list_sizes_L[probes[1]].sum(axis=1).max(initial=0))
+        return _best_of_taken(scan, queries_Qd, probes, wanted, segment.num_rows, num_taken, taken, most)
 
     def _of_joined(
         self, joined: JoinedSegments, queries_Qd: Floats, probes: Probes, wanted: int, among: Ints | None
@@ -79,7 +82,8 @@ class ListScanner:
         if among is None:
             return scan(queries_Qd, probes, min(wanted, joined.num_live))
         num_taken = int((joined.places_of(among) >= 0).sum())
-        return _best_of_taken(scan, queries_Qd, probes, wanted, joined.num_live, num_taken, _membership(among))
+        held = joined.num_live
+        return _best_of_taken(scan, queries_Qd, probes, wanted, held, num_taken, _membership(among), held)
 
     def _scan(
         self, lists: Any, queries_Qd: Floats, probes: Probes, count: int, *, store_pairs: bool
@@ -118,11 +122,13 @@ def _best_of_taken(
     num_rows: int,
     num_taken: int,
     taken: Callable[[Ints], npt.NDArray[np.bool_]],
+    most: int,
 ) -> tuple[Floats, Ints]:
     """The best entries that are taken, in min(wanted, num_taken) columns, of lists that hold others as well.
 
     faiss takes no selector where it is to say places in the lists (store_pairs). So more are asked for by the share
-    that is not taken, and twice as many again for the queries that this leaves with too few.
+    that is not taken, and twice as many again for the queries that this leaves with too few, up to `most`: as many as the
+    probed lists of any query hold.
     """
     wanted = min(wanted, num_taken)
     num_others = num_rows - num_taken
@@ -130,21 +136,24 @@ def _best_of_taken(
         return scan(queries_Qd, probes, wanted)
     best_scores = np.full((len(queries_Qd), wanted), -np.inf, np.float32)
     best_entries = np.full((len(queries_Qd), wanted), -1, np.int64)
-    if not wanted:
+    most = min(most, wanted + num_others)
+    if not wanted or not most:
         return best_scores, best_entries
-    most = min(wanted + num_others, num_rows)
     count = min(most, wanted * num_rows // num_taken + SPARE)
     left = np.arange(len(queries_Qd))
     while True:
-        scores, entries = scan(queries_Qd[left], (probes[0][left], probes[1][left]), count)
-        here = taken(entries)
-        rank = np.cumsum(here, axis=1) - 1
-        query, column = np.nonzero(here & (rank < wanted))
-        place = left[query], rank[query, column]
-        best_scores[place], best_entries[place] = scores[query, column], entries[query, column]
-        # A last column without an entry: the lists hold no more.
-        short = (rank[:, -1] + 1 < wanted) & (entries[:, -1] >= 0)
-        if count == most or not short.any():
+        again: list[Ints] = []
+        step = max(1, TERMS_AT_ONCE // count)
+        for some in (left[begin : begin + step] for begin in range(0, len(left), step)):
+            scores, entries = scan(queries_Qd[some], (probes[0][some], probes[1][some]), count)
+            here = taken(entries)
+            rank = np.cumsum(here, axis=1) - 1
+            query, column = np.nonzero(here & (rank < wanted))
+            place = some[query], rank[query, column]
+            best_scores[place], best_entries[place] = scores[query, column], entries[query, column]
+            # A last column without an entry: the lists hold no more.
+            again.append(some[(rank[:, -1] + 1 < wanted) & (entries[:, -1] >= 0)])
+        left = np.concatenate(again) if again else left[:0]
+        if count == most or not len(left):
             return best_scores, best_entries
-        left = left[short]
         count = min(most, 2 * count)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import uuid
+import weakref
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +35,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("VECTORMILL_CACHE", default))
 
 
+def cached_path(entry: ObjectEntry) -> Path:
+    """Where a copy of the object is kept, under the name of its SHA-256."""
+    return cache_folder() / f"{entry.sha256}.lists"
+
+
 def local_copy(store: Store, entry: ObjectEntry) -> Path:
     """Path of the object on this disk: itself, or a verified copy in the cache (named by its SHA-256)."""
     path = store.local_path(entry.key)
@@ -41,10 +48,10 @@ def local_copy(store: Store, entry: ObjectEntry) -> Path:
             found = f"{path.stat().st_size} bytes" if path.exists() else "nothing"
             raise IntegrityError(f"object {path} must hold {entry.size_bytes} bytes, found {found}")
         return path
-    target = cache_folder() / f"{entry.sha256}.lists"
+    target = cached_path(entry)
     if target.exists() and target.stat().st_size == entry.size_bytes:
         return target
-    temporary = target.with_suffix(f".{os.getpid()}.tmp")
+    temporary = target.with_suffix(f".{uuid.uuid4().hex}.tmp")  # others may fetch the same, on other machines too
     source = CheckedFile(store, entry, cache_bytes=entry.block_bytes)
     digest = hashlib.sha256()
     try:
@@ -55,6 +62,8 @@ def local_copy(store: Store, entry: ObjectEntry) -> Path:
                     data = source.read_range(start, start + (8 << 20))
                     digest.update(data)
                     file.write(data)
+                file.flush()
+                os.fsync(file.fileno())  # the name must never stand for less than all of it: it is taken by its size
         if digest.hexdigest() != entry.sha256:
             raise IntegrityError(f"object {store.url}/{entry.key} does not match its SHA-256")
     except BaseException:
@@ -65,7 +74,7 @@ def local_copy(store: Store, entry: ObjectEntry) -> Path:
 
 
 class MappedLists:
-    """The lists object of one part, mapped. The mapping outlives the file's name."""
+    """The lists object of one part, mapped as long as this object lives. The mapping outlives the file's name."""
 
     def __init__(self, store: Store, entry: ObjectEntry, reader: RunReader) -> None:
         import faiss
@@ -83,6 +92,10 @@ class MappedLists:
         self.faiss = faiss.downcast_InvertedLists(
             faiss.read_InvertedLists(faiss.FileIOReader(str(self._path)), faiss.IO_FLAG_MMAP)
         )
+        # faiss.read_InvertedLists gives them to nobody: without this the file would stay mapped, and its disk taken, for ever.
+        # Not by SWIG's own ownership, which the downcast object does not survive.
+        unmapped = weakref.finalize(self, type(self.faiss).__swig_destroy__, self.faiss)
+        unmapped.atexit = False
         self.faiss.prefetch_nthread = 0  # starting 32 threads a query costs more than the page faults they save
         self._bytes: npt.NDArray[np.uint8] = faiss.rev_swig_ptr(self.faiss.ptr, entry.size_bytes)
 
@@ -136,12 +149,14 @@ class MappedSegment:
         for file in self._files:
             self._stacked.push_back(file.faiss)
         self.inverted_lists = faiss.VStackInvertedLists(self._stacked.size(), self._stacked.data())
+        self.inverted_lists.referenced_objects = [self._files]  # it points into them: they must outlive it
         counts = [reader.facts["num_entries"] for reader in readers]
         self.part_starts = first_entry + np.concatenate([[0], np.cumsum(counts)])
         self._first_lists = np.array([reader.first_list for reader in readers])
         self.list_starts_L = np.concatenate(
             [reader.starts_L[:-1] + start for reader, start in zip(readers, self.part_starts, strict=False)]
         )
+        self.list_sizes_L = np.concatenate([np.diff(reader.starts_L) for reader in readers])
         self._checked_L = np.zeros(len(self.list_starts_L), bool)
         self._all_checked = False
         self.first_entry, self.end_entry = first_entry, first_entry + segment.num_rows

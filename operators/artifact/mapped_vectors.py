@@ -19,9 +19,10 @@ from operators.storage.checked import ObjectEntry
 class MappedVectors:
     """The vectors object of one part. The mapping outlives the file's name. Only `check` changes anything, and repeats well."""
 
-    def __init__(self, path: Path, entry: ObjectEntry, num_rows: int, d: int) -> None:
-        """Raises IntegrityError when the file is not as long as its entry says."""
-        self._name = str(path)
+    def __init__(self, path: Path, entry: ObjectEntry, num_rows: int, d: int, *, is_copy: bool = False) -> None:
+        """is_copy: of a remote object, in the cache; when it is found damaged it is deleted there. Raises IntegrityError when the file is not as long as its entry says."""
+        self._path = path
+        self._is_copy = is_copy
         self._entry = entry
         self._row_bytes = 2 * d
         self._start = entry.size_bytes - num_rows * self._row_bytes
@@ -59,8 +60,14 @@ class MappedVectors:
         begin = number * self._entry.block_bytes
         end = min(begin + self._entry.block_bytes, self._entry.size_bytes)
         if zlib.crc32(memoryview(self._map)[begin:end]) != self._entry.crc32[number]:
+            if self._is_copy:
+                self._path.unlink(missing_ok=True)
+                raise IntegrityError(
+                    f"the copy {self._path} of the object {self._entry.key} was damaged: bytes {begin} to {end} do not match"
+                    " their checksum; it has been deleted, open the index again to fetch another"
+                )
             raise IntegrityError(
-                f"object {self._name} is damaged: bytes {begin} to {end} do not match their checksum; restore the object from"
+                f"object {self._path} is damaged: bytes {begin} to {end} do not match their checksum; restore the object from"
                 " a copy, or build again with --fresh"
             )
         self._checked[number] = True

@@ -7,7 +7,7 @@ import resource
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
-from operators.artifact.mapped_segment import local_copy
+from operators.artifact.mapped_segment import cached_path, local_copy
 from operators.errors import IntegrityError, ResourceError
 from operators.storage.checked import GONE_ADVICE, ObjectEntry
 from operators.storage.store import Store
@@ -40,6 +40,17 @@ class OpenFiles(Store):
         if key in self._copies and key in self._kept:
             return local_copy(self._store, self._copies[key])
         return self._store.local_path(key)
+
+    def is_copy(self, key: str) -> bool:
+        """Whether the object is remote and read from a copy in the cache."""
+        return key in self._copies and key in self._kept and self._store.local_path(key) is None
+
+    def drop_copy(self, key: str) -> bool:
+        """Delete the copy in the cache, if there is one, so that the next to open the index fetches another."""
+        if not self.is_copy(key):
+            return False
+        cached_path(self._copies[key]).unlink(missing_ok=True)
+        return True
 
     def reader(self, key: str) -> Callable[[int, int], bytes]:
         """As the store's own. Raises IntegrityError when an object that is kept open has vanished since it was measured."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from operators.artifact.list_run import RunReader
+from operators.errors import IntegrityError
 
 LISTED_BYTES = 64  # strings that are longer in the mean stay as they are until they are asked for
 
@@ -22,9 +23,13 @@ LISTED_BYTES = 64  # strings that are longer in the mean stay as they are until 
 class RowGroups:
     """Row store of the parts of a version. Not thread-safe. `held_bytes` is what is kept."""
 
-    def __init__(self, parts: Sequence[RunReader], max_bytes: int) -> None:
+    def __init__(
+        self, parts: Sequence[RunReader], max_bytes: int, drop_copy: Callable[[int], bool] = lambda part: False
+    ) -> None:
+        """drop_copy: called with a part whose rows are damaged; whether they were a copy, which has been deleted."""
         self._parts = parts
         self._max_bytes = max_bytes
+        self._drop_copy = drop_copy
         self._kept: OrderedDict[tuple[int, int, tuple[str, ...]], _RowGroup] = OrderedDict()
         self.held_bytes = 0
         self._found = 0
@@ -38,6 +43,16 @@ class RowGroups:
 
     def rows(self, part: int, entries: npt.NDArray[np.int64], columns: tuple[str, ...]) -> list[dict[str, Any]]:
         """These columns of entries int64 [n] of one part, numbered within it, in their order. Raises IntegrityError."""
+        try:
+            return self._rows(part, entries, columns)
+        except IntegrityError as error:
+            if self._drop_copy(part):
+                raise IntegrityError(
+                    f"{error} (this was its copy in the cache: it has been deleted, open the index again to fetch another)"
+                ) from error
+            raise
+
+    def _rows(self, part: int, entries: npt.NDArray[np.int64], columns: tuple[str, ...]) -> list[dict[str, Any]]:
         starts = self._parts[part].row_group_starts
         numbers = np.searchsorted(starts, entries, side="right") - 1
         places = entries - starts[numbers]

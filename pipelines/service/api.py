@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException
 
 from pipelines.service.batching import Batcher
 from pipelines.service.description import error_responses, schemas, search_body
-from pipelines.service.guard import App, ClientGone, Guard, Receive, Scope, Send, read_body
+from pipelines.service.guard import App, BodyReader, ClientGone, Guard, Receive, Scope, Send
 from pipelines.service.metrics import CONTENT_TYPE, Metrics
 from pipelines.service.page import search_page
 from pipelines.service.refusals import Refusal
@@ -43,6 +43,7 @@ class Service:
         self.metrics = Metrics()
         self.searcher = Searcher(settings, self.metrics)
         self.batcher: Batcher | None = None
+        self._bodies = BodyReader(settings.max_body_bytes)
         self.draining = False
 
     def open(self) -> None:
@@ -63,9 +64,10 @@ class Service:
             message = "send the body as JSON, with the header `Content-Type: application/json`"
             raise Refusal(415, "unsupported_media_type", message, where="header Content-Type", got=media_type)
         batcher.check_room(1)
-        body = await read_body(receive, self.settings.max_body_bytes)
+        body = await self._bodies.read(receive)
         version = self.searcher.current
         asked = parse_search(body, self.settings, version.d, version.nlist)
+        del body  # a large one need not wait with its queries
         point = version.point(asked)
         work = await batcher.answer(version, asked, point)
         total = time.perf_counter() - started

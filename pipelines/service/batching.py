@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from operators.encoding.text_encoder import NonFiniteVectorError, TextEncoder
 from operators.errors import VectormillError
 from pipelines.service.metrics import Metrics
-from pipelines.service.refusals import Refusal
+from pipelines.service.refusals import Refusal, invalid
 from pipelines.service.search_request import SearchRequest
 from pipelines.service.searcher import OpenVersion, Point
 from pipelines.service.settings import ServiceSettings
@@ -32,7 +33,7 @@ ENCODED_AT_ONCE = 32  # texts of one forward pass, over all requests
 ENCODED_OF_ONE = 16  # of one request, while others wait
 SEARCHED_AT_ONCE = 128
 SEARCHED_OF_ONE = 64
-STEP_TERMS = 200_000  # hits to look up in one step: bounds memory where k is large
+STEP_TERMS = 200_000  # candidates of one step, over all its queries: bounds memory where k is large or a prefix rare
 RETRY_AFTER_S = 1
 
 log = logging.getLogger("vectormill.service")
@@ -168,17 +169,21 @@ class Batcher:
             texts += work.texts[work.num_encoded : end]
         started = time.perf_counter()
         try:
-            vectors = first.encode_queries(texts)
-        except Exception as error:
-            _fail([work for work, _, _ in batch], error)
-            return rest
+            vectors: Any = first.encode_queries(texts)
+        except Exception:  # one text's fault must not be the others'
+            vectors = [_encoded_alone(first, text) for text in texts]
         seconds = time.perf_counter() - started
         self._metrics.batch["encode"].observe(len(texts))
         place = 0
         for work, begin, end in batch:
             assert work.texts is not None and work.vectors_Qd is not None
-            work.vectors_Qd[begin:end] = vectors[place : place + end - begin]
+            found = vectors[place : place + end - begin]
             place += end - begin
+            failed = [at for at, vector in enumerate(found) if isinstance(vector, Exception)]
+            if failed:
+                _fail([work], _refused_text(found[failed[0]], work.texts, begin + failed[0]))
+                continue
+            work.vectors_Qd[begin:end] = found
             work.num_encoded = end
             work.add("encode", seconds)
             if end == len(work.texts):
@@ -191,7 +196,13 @@ class Batcher:
         """Search a slice of what waits with the same settings; what is left. In the search thread."""
         head = waiting[0]
         key, k = head.key, head.request.k
-        most = max(1, min(SEARCHED_AT_ONCE, STEP_TERMS // (k * max(1, head.point.refine_factor))))
+        try:
+            terms = head.version.terms(k, head.point, head.request.prefix)
+        except Exception as error:
+            waiting.popleft()
+            _fail([head], error)
+            return waiting
+        most = max(1, min(SEARCHED_AT_ONCE, STEP_TERMS // terms))
         batch: list[tuple[Work, int]] = []
         rest: deque[Work] = deque()
         parts: list[npt.NDArray[np.float32]] = []
@@ -280,6 +291,7 @@ class _Line:
             except Exception as error:  # a bug of ours: the thread must go on
                 _fail(before, error)
                 waiting = deque()
+            before = []  # an idle line holds no version
 
 
 def _in_loop(works: list[Work], function: Callable[[list[Work]], None]) -> None:
@@ -297,17 +309,37 @@ def _succeed(works: list[Work]) -> None:
             work.future.set_result(work.results)
 
 
+def _encoded_alone(encoder: TextEncoder, text: str) -> npt.NDArray[np.float32] | Exception:
+    try:
+        vector: npt.NDArray[np.float32] = encoder.encode_queries([text])[0]
+        return vector
+    except Exception as error:
+        return error
+
+
+def _refused_text(error: Exception, texts: list[str], place: int) -> Exception:
+    """422 for a text of which the tokenizer leaves nothing, which a model without special tokens cannot take."""
+    if not isinstance(error, ValueError) or isinstance(error, NonFiniteVectorError):
+        return error
+    log.info("a query was not taken by the model: %s", error)
+    return invalid("a query must have at least one token of the model", f"queries[{place}]", texts[place])
+
+
 def _fail(works: list[Work], error: Exception) -> None:
     """Answer with a refusal: an object that cannot be read is storage's fault, all else is a bug of ours."""
+    if isinstance(error, Refusal):
+        _in_loop(works, lambda works: _refuse(works, error))
+        return
     known = isinstance(error, VectormillError | OSError)
     log.error("%d requests failed: %s: %s", len(works), type(error).__name__, error, exc_info=error)
 
-    def fail(works: list[Work]) -> None:
-        for work in works:
-            if not work.future.done():
-                work.future.set_exception(_cannot_read() if known else _fault())
+    _in_loop(works, lambda works: _refuse(works, _cannot_read() if known else _fault()))
 
-    _in_loop(works, fail)
+
+def _refuse(works: list[Work], refusal: Refusal) -> None:
+    for work in works:
+        if not work.future.done():
+            work.future.set_exception(refusal)
 
 
 def _cannot_read() -> Refusal:

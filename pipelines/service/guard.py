@@ -25,6 +25,8 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 OPEN_ROUTES = ("/", "/healthz", "/readyz")  # answered without a token; the page asks for it by itself
 ROUTES = (*OPEN_ROUTES, "/v1/search", "/v1/index", "/metrics", "/openapi.json")
 BODY_TIMEOUT_S = 10.0
+LARGE_BODIES = 8  # so many of the largest size may be read at one time
+SMALL_BODY_BYTES = 1 << 16  # of each body, as much as a server buffers of a connection anyway: not counted
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
 log = logging.getLogger("vectormill.service")
@@ -145,21 +147,43 @@ def too_large(max_body_bytes: int, got: str | int) -> Refusal:
     )
 
 
-async def read_body(receive: Receive, max_body_bytes: int) -> bytes:
-    """The whole body. Raises Refusal once it is longer, or when it does not come; ClientGone when the client has gone."""
-    message = await _next_message(receive, BODY_TIMEOUT_S)
-    if not message.get("more_body", False) and len(message.get("body", b"")) <= max_body_bytes:
-        return bytes(message.get("body", b""))
-    chunks, size, until = [], 0, time.monotonic() + BODY_TIMEOUT_S
-    while True:
-        chunk = message.get("body", b"")
-        size += len(chunk)
-        if size > max_body_bytes:
-            raise too_large(max_body_bytes, f"more than {max_body_bytes}")
-        chunks.append(chunk)
-        if not message.get("more_body", False):
-            return b"".join(chunks)
-        message = await _next_message(receive, until - time.monotonic())
+class BodyReader:
+    """Reads bodies. Those that are not whole yet hold together so much memory at most, however many connections there are."""
+
+    def __init__(self, max_body_bytes: int) -> None:
+        self._max_body_bytes = max_body_bytes
+        self._room = LARGE_BODIES * max_body_bytes
+
+    async def read(self, receive: Receive) -> bytes:
+        """The whole body. Raises Refusal once it is longer, or when it does not come; ClientGone when the client has gone."""
+        message = await _next_message(receive, BODY_TIMEOUT_S)
+        if not message.get("more_body", False) and len(message.get("body", b"")) <= self._max_body_bytes:
+            return bytes(message.get("body", b""))
+        chunks, size, taken, until = [], 0, 0, time.monotonic() + BODY_TIMEOUT_S
+        try:
+            while True:
+                chunk = message.get("body", b"")
+                size += len(chunk)
+                if size > self._max_body_bytes:
+                    raise too_large(self._max_body_bytes, f"more than {self._max_body_bytes}")
+                more = max(0, size - SMALL_BODY_BYTES) - taken
+                if more > self._room:
+                    raise Refusal(
+                        429,
+                        "too_many_requests",
+                        f"the service reads {LARGE_BODIES} bodies of the largest size at one time (--max-body-bytes) and has no"
+                        " room for more; come again later, or send smaller requests",
+                        where="body",
+                        retry_after_s=1,
+                    )
+                self._room -= more
+                taken += more
+                chunks.append(chunk)
+                if not message.get("more_body", False):
+                    return b"".join(chunks)
+                message = await _next_message(receive, until - time.monotonic())
+        finally:
+            self._room += taken
 
 
 async def _next_message(receive: Receive, timeout_s: float) -> Message:

@@ -53,7 +53,7 @@ def parse_search(body: bytes, settings: ServiceSettings, d: int, nlist: int) -> 
     fields = {name: value for name, value in fields.items() if value is not None or name in FORMS}
     for name in fields:
         if name not in FIELDS:
-            near = difflib.get_close_matches(name, FIELDS, 1)
+            near = difflib.get_close_matches(name[:80], FIELDS, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(FIELDS)}"
             raise invalid(f"unknown field {name[:80]!r}; {hint}", "body", name)
     given = [name for name in FORMS if name in fields]

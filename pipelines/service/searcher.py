@@ -5,6 +5,7 @@ Q queries, d dimensions, k hits.
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 import time
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from operators.artifact.index import Index
+from operators.artifact.index import EXACT_AMONG, Index
 from operators.artifact.manifest import Manifest
 from operators.cleaner import CleanConfig, clean_text
 from operators.encoding.text_encoder import TextEncoder
@@ -112,6 +113,14 @@ class OpenVersion:
             if not left.strip():
                 raise invalid("of a query something must be left after cleaning (clean.*)", f"queries[{place}]", text)
         return out
+
+    def terms(self, k: int, point: Point, prefix: str | None) -> int:
+        """About how many candidates a query with these settings is given at most, before the best are chosen."""
+        wanted = k * max(1, point.refine_factor)
+        if prefix is not None:  # the fewer have the prefix, the more candidates it takes to find them
+            among = len(self.index.prefixes.entries(prefix))
+            wanted = max(wanted, among) if among <= EXACT_AMONG else wanted * self.manifest.ntotal // among
+        return min(wanted, max(1, self.manifest.ntotal))
 
     def search(
         self, vectors_Qd: npt.NDArray[np.float32], k: int, point: Point, prefix: str | None
@@ -248,6 +257,7 @@ class Searcher:
                 if not self.current.index.is_current():
                     started = time.monotonic()
                     self._take(self._opened())
+                    gc.collect()  # what is left of the version before; quick, for what was there at the start is frozen
                     self.metrics.swap_s.observe(time.monotonic() - started)
                 elif time.monotonic() >= points_at:
                     points_at = time.monotonic() + POINTS_EVERY_S

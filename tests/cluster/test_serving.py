@@ -145,6 +145,60 @@ def test_serve_asks_for_its_token_swaps_without_a_failure_and_ends_when_told(
         process.stderr.close()
 
 
+def _lifespan_code(args: dict[str, Any]) -> str:
+    return f"""
+import asyncio
+from cluster.serving import ServingArgs, _Listening
+
+async def app(scope, receive, send):
+    await receive()
+    await send({{"type": "lifespan.startup.complete"}})
+    await receive()
+
+async def main():
+    listening = _Listening(app, ServingArgs(**{args!r}))
+    started = asyncio.Event()
+
+    async def receive():
+        await asyncio.sleep(3600 if started.is_set() else 0)
+        return {{"type": "lifespan.startup"}}
+
+    async def send(message):
+        started.set()
+
+    running = asyncio.create_task(listening({{"type": "lifespan"}}, receive, send))
+    await asyncio.wait([running, asyncio.create_task(started.wait())], return_when=asyncio.FIRST_COMPLETED)
+    if running.done():
+        print("startup:", type(running.exception()).__name__)
+        return
+    listening.check()
+    listening._task.cancel()
+    await asyncio.wait([listening._task])
+    try:
+        listening.check()
+    except RuntimeError as error:
+        print("check:", error)
+    running.cancel()
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"protocol": "cluster.serving:NoSuchProtocol"}, "startup: "),
+        ({}, "check: the server of 127.0.0.1:"),
+    ],
+)
+def test_a_replica_that_does_not_listen_fails_to_start_and_one_that_stops_listening_is_unhealthy(
+    fields: dict[str, Any], said: str
+) -> None:
+    code = _lifespan_code({"root": "r", "listen": f"127.0.0.1:{_free_port()}", **fields})
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.startswith(said), done.stdout + done.stderr
+
+
 def test_the_builder_takes_the_arguments_of_a_serve_configuration(tmp_path: Path) -> None:
     code = (
         "import sys, json; from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as call\n"

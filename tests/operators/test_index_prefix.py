@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from operators.artifact import index as index_module
+from operators.artifact import list_scanner
 from operators.artifact.index import Index
 from tests.artifact_maker import add_delta, make_version
 
@@ -67,6 +68,22 @@ def test_there_are_k_hits_whenever_k_rows_have_the_prefix_however_few_lists_are_
         assert all(name.startswith(prefix) for name in names)
         for entries in found.entries_Qk:
             assert len(set(entries.tolist())) == len(entries)
+
+
+@pytest.mark.parametrize("nprobe", [1, 3, 16])
+def test_hits_do_not_depend_on_how_many_queries_are_scanned_at_once(
+    index: Index, nprobe: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_module, "EXACT_AMONG", 0)
+    queries = _queries(index)
+
+    def found() -> list[np.ndarray]:
+        hits = [index.search(queries, K, nprobe=nprobe, refine_factor=2, prefix=p).entries_Qk for p in PREFIXES]
+        return [*hits, index.search(queries, 300, nprobe=nprobe, refine_factor=2).entries_Qk]
+
+    together = found()
+    monkeypatch.setattr(list_scanner, "TERMS_AT_ONCE", 60)
+    assert all(np.array_equal(a, b) for a, b in zip(together, found(), strict=True))
 
 
 def test_few_rows_are_scored_exactly_whatever_is_probed(index: Index) -> None:

@@ -163,6 +163,32 @@ def test_damage_in_the_cache_of_a_remote_index_is_found_and_mended_by_opening_ag
         assert all(np.array_equal(a, b) for a, b in zip(open_and_use_all(made, MAPPED), expected, strict=True))
 
 
+@pytest.mark.parametrize("kind", ["vectors", "rows"])
+def test_damaged_copies_of_vectors_and_rows_are_mended_by_opening_again(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setenv("VECTORMILL_CACHE", str(tmp_path / "cache"))
+    made = make_version(bucket + "/copied", **SMALL)  # type: ignore[arg-type]
+
+    def use_all() -> list[np.ndarray]:
+        index = Index(made.store, made.manifest, copies=True)
+        found = index.search(made.corpus.queries_Qd, 5, nprobe=6)
+        return [found.row_ids_Qk, np.array([row["text"] for row in index.rows_of(np.arange(made.manifest.ntotal))])]
+
+    expected = use_all()
+    magic = {"vectors": b"\x93NUMPY", "rows": b"PAR1"}[kind]
+    files = [path for path in (tmp_path / "cache").iterdir() if path.read_bytes().startswith(magic)]
+    assert files and not list((tmp_path / "cache").glob("*.tmp"))
+    for position in (2, files[0].stat().st_size // 2, files[0].stat().st_size - 1):
+        data = bytearray(files[0].read_bytes())
+        data[position] ^= 1
+        files[0].write_bytes(data)
+        with pytest.raises(IntegrityError):
+            use_all()
+        assert not files[0].exists()
+        assert all(np.array_equal(a, b) for a, b in zip(use_all(), expected, strict=True))
+
+
 def test_the_limit_of_open_files_is_raised_as_far_as_the_process_may() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:

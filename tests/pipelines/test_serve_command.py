@@ -9,7 +9,7 @@ import pytest
 
 from operators.errors import ConfigError, ResourceError
 from pipelines import cli
-from pipelines.serve import is_loopback, plan_serve
+from pipelines.serve import held_port, is_loopback, plan_serve, url_of
 from pipelines.service.settings import ServiceSettings
 from tests.pipelines.nightly_site import Site
 
@@ -47,6 +47,7 @@ def test_a_mistake_is_one_line_and_its_own_exit_code(
 def test_on_loopback_without_a_token_only_names_of_this_machine_are_answered(site: Site) -> None:
     settings = ServiceSettings(site.root)
     assert plan_serve(settings, "127.0.0.1", 0, 1).hosts == ("localhost", "127.0.0.1", "[::1]")
+    assert plan_serve(settings, "127.0.0.2", 0, 1).hosts == ("localhost", "127.0.0.1", "[::1]", "127.0.0.2")
     assert plan_serve(settings, "0.0.0.0", 0, 1, no_auth=True).hosts == ()
 
 
@@ -67,6 +68,35 @@ def test_an_address_that_is_taken_and_a_recall_that_was_not_measured_are_refused
         plan_serve(ServiceSettings(site.root, nprobe=5), "127.0.0.1", 0, 1)
     with pytest.raises(ConfigError, match="host must be an address of this machine, got 'no such host'"):
         plan_serve(ServiceSettings(site.root), "no such host", 0, 1, no_auth=True)
+
+
+def test_a_held_port_is_shared_by_the_replicas_of_its_service_and_refused_to_every_other(site: Site) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    settings = ServiceSettings(site.root)
+    plan = plan_serve(settings, "localhost", port, 1)
+    assert plan.host in ("127.0.0.1", "::1")
+    plan_serve(settings, "localhost", port, 1)  # another service, planned in the same moment: it fails when it starts
+    with held_port(plan.host, port):
+        with pytest.raises(ResourceError, match=rf"cannot listen on {plan.host} port {port}"):
+            plan_serve(settings, "localhost", port, 1)
+        with (
+            pytest.raises(ResourceError, match=rf"cannot listen on {plan.host} port {port}"),
+            held_port(plan.host, port),
+        ):
+            pass
+        with (
+            socket.create_server((plan.host, port), reuse_port=True),
+            socket.create_server((plan.host, port), reuse_port=True),
+        ):
+            for _ in range(8):  # a socket that does not listen gets no connection
+                socket.create_connection((plan.host, port), timeout=5).close()
+    plan_serve(settings, "localhost", port, 1)
+
+
+def test_an_address_with_colons_stands_in_brackets_in_a_url() -> None:
+    assert (url_of("::1", 80), url_of("127.0.0.1", 80)) == ("http://[::1]:80", "http://127.0.0.1:80")
 
 
 @pytest.mark.parametrize(

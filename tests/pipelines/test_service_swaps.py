@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import os
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from operators.artifact.manifest import manifest_key
 from operators.errors import ConfigError
 from pipelines.rollback import rollback
+from pipelines.service import batching
 from pipelines.service.api import Service
 from pipelines.service.batching import Batcher
+from pipelines.service.guard import LARGE_BODIES, BodyReader
 from pipelines.service.metrics import Metrics
 from pipelines.service.refusals import Refusal
 from pipelines.service.search_request import SearchRequest
+from pipelines.service.searcher import Searcher
 from pipelines.service.settings import ServiceSettings
 from tests.pipelines.nightly_site import Site
 from tests.pipelines.running_service import Served, serving
@@ -113,6 +120,43 @@ def test_a_broken_version_is_not_taken_and_a_whole_one_after_it_is(
         _until(served, second.version)
 
 
+def _held(site: Site) -> tuple[int, int]:
+    """Mappings of files of the index, and open files, of this process."""
+    mapped = sum(site.root in line for line in Path("/proc/self/maps").read_text().splitlines())
+    return mapped, len(os.listdir("/proc/self/fd"))
+
+
+def test_a_version_that_was_replaced_gives_back_its_memory_and_files(site: Site) -> None:
+    first = site.current
+    searcher = Searcher(_settings(site), Metrics())
+    searcher.open()
+    gc.collect()
+    gc.freeze()  # as the service does
+    try:
+        searcher.current.index.prefixes.entries("a")
+        before = _held(site)
+        site.change()
+        second = site.update().manifest
+        assert second is not None
+        rollback(site.root, first.version)
+        searcher.follow()
+        held: dict[str, set[tuple[int, int]]] = {}
+        for version in (second.version, first.version) * 4:
+            gone = weakref.ref(searcher.current.index)
+            rollback(site.root, version)
+            deadline = time.monotonic() + SOON_S
+            while searcher.current.name != version or gone() is not None:
+                assert time.monotonic() < deadline, f"{version} is not served, or what was before it is still there"
+                time.sleep(0.02)
+            held.setdefault(version, set()).add(_held(site))
+        # One of each: the first and the eighth opening of a version hold as much.
+        assert held[first.version] == {before}
+        assert len(held[second.version]) == 1
+    finally:
+        gc.unfreeze()
+        searcher.close()
+
+
 class _SlowEncoder:
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -155,6 +199,67 @@ def test_what_is_not_answered_in_time_and_what_finds_no_room_is_refused_at_once(
             assert (late.value.status, late.value.retry_after_s) == (503, 1)
         assert batcher.outstanding == 0
         await asyncio.to_thread(batcher.close)
+
+    asyncio.run(run())
+
+
+class _WordEncoder:
+    """An encoder as of a model without special tokens: a text of which nothing is left is a ValueError."""
+
+    def encode_queries(self, texts: list[str]) -> np.ndarray:
+        if "?" in texts:
+            raise ValueError("a sequence must have 1..512 tokens, got 0")
+        return np.full((len(texts), 4), 2.0, np.float32)
+
+
+def test_a_text_without_tokens_is_refused_alone() -> None:
+    async def run() -> None:
+        batcher = Batcher(ServiceSettings("nowhere"), Metrics())
+        batcher._searching.put = lambda work: batching._in_loop([work], batching._succeed)  # type: ignore[method-assign]
+        version: Any = _Version(0.0)
+        version.encoder = _WordEncoder()
+
+        def ask(texts: list[str]) -> asyncio.Task[Any]:
+            request = SearchRequest(texts, None, 1, None, None, None, None, True)
+            return asyncio.create_task(batcher.answer(version, request, None))  # type: ignore[arg-type]
+
+        good, bad = ask(["a", "b"]), ask(["c", "?"])
+        assert ((await good).vectors_Qd == 2.0).all()
+        with pytest.raises(Refusal, match="at least one token of the model") as refused:
+            await bad
+        assert (refused.value.status, refused.value.where) == (422, "queries[1]")
+        await asyncio.to_thread(batcher.close)
+
+    asyncio.run(run())
+
+
+def test_bodies_that_are_not_whole_hold_bounded_memory_and_small_ones_always_find_room() -> None:
+    size = 1 << 20
+
+    async def run() -> None:
+        reader, going = BodyReader(size), asyncio.Event()
+
+        def body_of(size: int) -> Any:
+            sent = iter([{"type": "http.request", "body": b"x" * (size - 1), "more_body": True}])
+
+            async def receive() -> Any:
+                first = next(sent, None)
+                if first is None:
+                    await going.wait()
+                return first or {"type": "http.request", "body": b"x", "more_body": False}
+
+            return receive
+
+        large = [asyncio.create_task(reader.read(body_of(size))) for _ in range(LARGE_BODIES)]
+        await asyncio.sleep(0.01)
+        with pytest.raises(Refusal, match="no room for more") as refused:
+            await reader.read(body_of(size))
+        assert (refused.value.status, refused.value.retry_after_s) == (429, 1)
+        small = asyncio.create_task(reader.read(body_of(1000)))
+        await asyncio.sleep(0.01)
+        going.set()
+        assert [len(body) for body in await asyncio.gather(*large, small)] == [size] * LARGE_BODIES + [1000]
+        assert len(await reader.read(body_of(size))) == size  # all room is free again
 
     asyncio.run(run())
 
