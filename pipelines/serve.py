@@ -117,7 +117,13 @@ def held_port(host: str, port: int) -> Iterator[None]:
     _free_address(host, port)
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as held:
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        _bind(held, (host, port))
+        try:
+            held.bind((host, port))
+        except OSError:
+            # Connections of a service that has just ended still rest (TIME_WAIT), a minute long: a restart shall not wait for
+            # them. Until the replicas listen another service could then get the port too.
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            _bind(held, (host, port))
         yield
 
 

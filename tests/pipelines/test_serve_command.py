@@ -104,3 +104,17 @@ def test_an_address_with_colons_stands_in_brackets_in_a_url() -> None:
 )
 def test_loopback_is_told_from_other_addresses(host: str, expected: bool) -> None:
     assert is_loopback(host) is expected
+
+
+def test_a_service_that_is_started_again_at_once_gets_the_port_of_the_one_before() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as before:
+        port = before.getsockname()[1]
+        for _ in range(3):
+            client = socket.create_connection(("127.0.0.1", port))
+            before.accept()[0].close()  # the side that closes first keeps the connection in TIME_WAIT
+            client.close()
+    with held_port("127.0.0.1", port), socket.socket() as replica:
+        replica.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        replica.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        replica.bind(("127.0.0.1", port))
+        replica.listen()
