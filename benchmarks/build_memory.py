@@ -30,7 +30,7 @@ from operators.errors import ConfigError, IntegrityError
 from operators.storage.store import open_store
 from pipelines.build import build
 from pipelines.config import load_config
-from pipelines.progress import RunProgress
+from pipelines.telemetry.progress import RunProgress
 
 LIMIT = 1.2
 MARKER = "VECTORMILL_BENCHMARK"

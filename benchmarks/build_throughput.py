@@ -40,7 +40,7 @@ from operators.storage.store import open_store
 from pipelines import run_context
 from pipelines.build import build
 from pipelines.config import RunConfig, load_config
-from pipelines.progress import RunProgress
+from pipelines.telemetry.progress import RunProgress
 
 FLOOR = 0.85
 # Rounds of the bare encoder that differ by more say that the machine did other work too.

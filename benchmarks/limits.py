@@ -39,7 +39,7 @@ from operators.storage.store import open_store
 from pipelines.build import build
 from pipelines.compact import compact
 from pipelines.config import RunConfig, load_config
-from pipelines.progress import RunProgress
+from pipelines.telemetry.progress import RunProgress
 from pipelines.update import UpdateOptions, UpdateResult, update
 
 STREAM = "encode pieces"

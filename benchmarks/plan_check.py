@@ -33,11 +33,11 @@ from operators.encoding.tokenizer import load_tokenizer
 from operators.storage.store import open_store
 from pipelines import publication
 from pipelines.build import build
-from pipelines.calibration_file import read_calibration
 from pipelines.config import load_config
-from pipelines.plan import Planned, plan
-from pipelines.plan_inputs import Asked, this_machine
-from pipelines.progress import RunProgress
+from pipelines.planning.calibration_file import read_calibration
+from pipelines.planning.plan import Planned, plan
+from pipelines.planning.plan_inputs import Asked, this_machine
+from pipelines.telemetry.progress import RunProgress
 
 SIZES = (1_500, 8_000, 45_000)
 TIME, MEMORY, BYTES = 0.25, 0.15, 0.15
@@ -46,7 +46,7 @@ LEAST_BYTES = 100_000
 SAMPLED = 500  # texts whose tokens are counted for the plan
 MARKER = "VECTORMILL_PLAN_CHECK"
 PIECE_ROWS = 1024
-# Kinds of objects by their keys, as cluster/capacity_bytes.py names them.
+# Kinds of objects by their keys, as cluster/capacity/objects.py names them.
 KINDS = (
     (r"/pieces/.*\.queries\.parquet$", "pieces' queries"),
     (r"/pieces/.*\.json$", "pieces' records"),

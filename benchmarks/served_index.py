@@ -37,7 +37,7 @@ from operators.storage.store import open_store
 from pipelines.build import build
 from pipelines.config import load_config
 from pipelines.operating_points import measure_operating_points
-from pipelines.progress import RunProgress
+from pipelines.telemetry.progress import RunProgress
 from pipelines.update import UpdateOptions, update
 from pipelines.versions import versions_in
 

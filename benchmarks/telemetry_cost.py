@@ -27,7 +27,7 @@ from operators.encoding.encode_config import EncodeConfig, configured_model
 from operators.sources.listing import list_sources
 from operators.sources.pieces import Piece, plan_pieces
 from operators.sources.read_config import ReadConfig
-from pipelines.progress import RunProgress
+from pipelines.telemetry.progress import RunProgress
 
 LIMIT = 0.01
 STAGES = ("read", "chunk", "encode", "commit")

@@ -30,10 +30,10 @@ from operators.storage.store import Store, open_store
 from pipelines.config import RunConfig
 from pipelines.encode_pieces import MAX_LISTED_FAILURES, check_rejects, encoded_report, plan_corpus, stream
 from pipelines.index_build import build_candidate
-from pipelines.progress import RunProgress
 from pipelines.publication import finish_published, publish_version
 from pipelines.run_context import RunContext, epoch_watch, fingerprints, open_session
 from pipelines.runs import begin_or_resume, check_run_kept, discard_unfinished, forgotten_if_refused, told_as_lost
+from pipelines.telemetry.progress import RunProgress
 
 
 @dataclass(frozen=True)

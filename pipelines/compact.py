@@ -28,10 +28,10 @@ from pipelines.config import RunConfig, config_of_version
 from pipelines.gate import gate
 from pipelines.index_build import exact_key, verify_candidate
 from pipelines.index_stages import Threads
-from pipelines.progress import RunProgress
 from pipelines.publication import finish_published, publish_version
 from pipelines.run_context import RunContext, epoch_watch, open_session
 from pipelines.runs import Run, begin_or_resume, check_run_kept, discard_run, told_as_lost, unfinished_runs
+from pipelines.telemetry.progress import RunProgress
 
 # So many rows are merged in this process sooner than Ray and its workers start.
 IN_PROCESS_ROWS = 200_000

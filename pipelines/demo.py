@@ -13,8 +13,8 @@ from operators.errors import ConfigError
 from pipelines.build import BuildResult, build
 from pipelines.config import load_config
 from pipelines.demo_corpus import write_demo_corpus
-from pipelines.progress import RunProgress
 from pipelines.search import search
+from pipelines.telemetry.progress import RunProgress
 
 QUESTIONS = (
     "how do I compute the singular value decomposition of a matrix",

@@ -19,8 +19,8 @@ from operators.storage.store import Store, open_store
 from operators.trainer import PQ_TRAIN_POINTS
 from pipelines.compact import trained_rows
 from pipelines.gate import MAX_RECALL_LOSS
-from pipelines.progress import RunProgress
 from pipelines.recall import PROBE_RECALL_K
+from pipelines.telemetry.progress import RunProgress
 
 SAMPLED_ROWS = 4_096  # of the base, and as many of all deltas: the mean error is then known to about one percent
 SAMPLE_SEED = 20_601

@@ -22,8 +22,8 @@ from operators.sources.staging import stage_object
 from operators.storage.commits import CommitRecord, read_record
 from operators.storage.store import open_store
 from pipelines.parity_check import check_parity, sample_of
-from pipelines.progress import RunProgress
 from pipelines.run_context import RunContext
+from pipelines.telemetry.progress import RunProgress
 
 MAX_LISTED_FAILURES = 10
 

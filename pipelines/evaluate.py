@@ -18,9 +18,9 @@ from operators.artifact.index import Index, Neighbours
 from operators.artifact.manifest import Manifest
 from operators.errors import ConfigError
 from operators.storage.store import open_store
-from pipelines.progress import RunProgress
 from pipelines.recall import intersection_recall
 from pipelines.search import check_search_settings, encode_queries, read_columns, search_in_batches
+from pipelines.telemetry.progress import RunProgress
 from pipelines.versions import open_version
 
 NDCG_DEPTH = 10

@@ -35,8 +35,8 @@ from pipelines.announcements import (
     pinned_versions,
     withdraw_finished,
 )
-from pipelines.progress import RunProgress
 from pipelines.runs import RUN_FILE, is_outdated, run_kind
+from pipelines.telemetry.progress import RunProgress
 from pipelines.versions import PUBLISHED_FOLDERS, Held, NamedObjects, hold, is_manifest, version_number
 
 KEYS_AT_ONCE = 1000

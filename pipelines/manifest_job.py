@@ -12,13 +12,15 @@ from typing import Any
 
 import typer
 
-from cluster.capacity import PodSizes, Workload, measured
+from cluster.capacity.coefficients import measured
+from cluster.capacity.pods import PodSizes
+from cluster.capacity.workload import Workload
 from cluster.kubernetes.cluster_sizes import job_sizes
 from cluster.kubernetes.entrypoint import job_command
 from cluster.kubernetes.manifest_settings import ManifestSettings
 from operators.errors import ConfigError
 from pipelines.config import RunConfig, converted_value, load_config
-from pipelines.plan_inputs import Asked, workload
+from pipelines.planning.plan_inputs import Asked, workload
 from pipelines.service.settings import ServiceSettings, option
 
 # Options of `serve` that are said otherwise here.

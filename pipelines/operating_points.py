@@ -21,8 +21,8 @@ from operators.piece_store import read_table
 from operators.storage.checked import ObjectEntry
 from operators.storage.commits import seal, unseal
 from operators.storage.store import Store, open_store
-from pipelines.progress import RunProgress
 from pipelines.recall import PROBE_RECALL_K, STUCK_GAIN, intersection_recall
+from pipelines.telemetry.progress import RunProgress
 from pipelines.versions import open_version
 
 RECALLS = (0.90, 0.95, 0.99)

@@ -8,8 +8,8 @@ from operators.errors import IntegrityError
 from operators.storage.store import Store
 from pipelines.operating_points import carry_operating_points
 from pipelines.run_context import RunContext
-from pipelines.run_record import store_run_record
 from pipelines.runs import Run, unfinished_runs
+from pipelines.telemetry.run_record import store_run_record
 from pipelines.versions import hold, version_number, versions_in
 
 

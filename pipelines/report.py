@@ -14,7 +14,7 @@ from operators.errors import ConfigError, IndexNotFoundError
 from operators.merger import open_runs
 from operators.storage.store import Store, open_store
 from pipelines.info import info
-from pipelines.run_record import read_run_record
+from pipelines.telemetry.run_record import read_run_record
 from pipelines.versions import CANDIDATE, history, open_version
 
 NUM_THREADS = 16

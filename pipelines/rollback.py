@@ -12,8 +12,8 @@ from operators.storage.commits import unseal
 from operators.storage.fencing import take_epoch
 from operators.storage.store import Store, open_store
 from pipelines.announcements import pinned
-from pipelines.progress import RunProgress
 from pipelines.runs import discard_run
+from pipelines.telemetry.progress import RunProgress
 from pipelines.verify import verify
 from pipelines.versions import check_whole, hold
 

@@ -20,8 +20,8 @@ from operators.storage.checked import ObjectEntry
 from operators.storage.fencing import Epoch
 from operators.storage.store import Store
 from pipelines.config import RunConfig
-from pipelines.progress import RunProgress
 from pipelines.runs import Run
+from pipelines.telemetry.progress import RunProgress
 
 EPOCH_CHECK_EVERY_S = 5.0
 

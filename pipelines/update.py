@@ -34,7 +34,6 @@ from pipelines.compact import compact
 from pipelines.config import RunConfig, config_of_version
 from pipelines.drift import drift
 from pipelines.gate import gate
-from pipelines.progress import RunProgress
 from pipelines.publication import finish_published, publish_version
 from pipelines.run_context import RunContext, epoch_watch, fingerprints, open_session
 from pipelines.runs import (
@@ -46,6 +45,7 @@ from pipelines.runs import (
     forgotten_if_refused,
     told_as_lost,
 )
+from pipelines.telemetry.progress import RunProgress
 from pipelines.update_candidate import build_update
 from pipelines.update_plan import UpdatePlan, encode_changes, plan_update
 

@@ -16,7 +16,7 @@ from operators.artifact.verifier import PartReport, check_exact, check_version, 
 from operators.errors import IntegrityError, VectormillError
 from operators.storage.checked import verify_object
 from operators.storage.store import Store, open_store
-from pipelines.progress import RunProgress
+from pipelines.telemetry.progress import RunProgress
 from pipelines.versions import CANDIDATE, open_version
 
 NUM_THREADS = 4

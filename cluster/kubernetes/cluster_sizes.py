@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from cluster.capacity import PodSize, PodSizes, Workload, memory_peaks, size_pods
-from cluster.capacity_pods import HEADROOM, node_bytes
+from cluster.capacity.memory import memory_peaks
+from cluster.capacity.pods import HEADROOM, PodSize, PodSizes, node_bytes, size_pods
+from cluster.capacity.workload import Workload
 from cluster.kubernetes.manifest_settings import ManifestSettings
 
 GIB = 1 << 30

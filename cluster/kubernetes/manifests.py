@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cluster.capacity import PodSizes
+from cluster.capacity.pods import PodSizes
 from cluster.kubernetes.entrypoint import entrypoint
 from cluster.kubernetes.manifest_settings import KINDS, ManifestSettings, role_annotation
 from cluster.kubernetes.manifest_yaml import as_yaml

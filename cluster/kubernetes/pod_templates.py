@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from cluster.capacity import PodSize
+from cluster.capacity.pods import PodSize
 from cluster.kubernetes.manifest_settings import ManifestSettings, labels
 
 USER_ID = 1000  # of the image; see Dockerfile

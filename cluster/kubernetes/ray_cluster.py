@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import Any
 
-from cluster.capacity import PodSize, PodSizes
+from cluster.capacity.pods import PodSize, PodSizes
 from cluster.kubernetes.manifest_settings import ManifestSettings
 from cluster.kubernetes.pod_templates import HOME, container_security, head_template, worker_template
 

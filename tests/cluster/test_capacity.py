@@ -14,27 +14,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cluster import capacity_bytes, capacity_memory, capacity_requests, capacity_time
-from cluster.capacity import (
-    Coefficient,
-    Coefficients,
-    Corpus,
-    Fleet,
-    ModelShape,
-    Workload,
-    measured,
-    memory_peaks,
-    size_pods,
-)
-from cluster.capacity_bytes import PUBLISHED, object_bytes
-from cluster.capacity_requests import stage_requests
-from cluster.capacity_time import kmeans_rows, pq_rows, stage_times
-from cluster.coefficients import HERE
-from cluster.gpu_rates import CITED, cited_rate
+from cluster.capacity import memory, objects, stages, storage_requests
+from cluster.capacity.coefficients import HERE, Coefficient, Coefficients, measured
+from cluster.capacity.gpu_rates import CITED, cited_rate
+from cluster.capacity.memory import memory_peaks
+from cluster.capacity.objects import PUBLISHED, object_bytes
+from cluster.capacity.pods import size_pods
+from cluster.capacity.stages import kmeans_rows, pq_rows, stage_times
+from cluster.capacity.storage_requests import stage_requests
+from cluster.capacity.workload import TABLE_DOCUMENTS, Corpus, Fleet, ModelShape, Workload
 from cluster.preflight import StreamPlan, plan_stream
 from cluster.session import Session
 from cluster.stream import BLOCK_BYTES, pieces_per_task
-from cluster.workload import TABLE_DOCUMENTS
 from kernels import kmeans
 from kernels import pq as kernels_pq
 from operators import query_sample, row_ids, trainer
@@ -66,7 +57,7 @@ def known(**more: float) -> Coefficients:
 
 
 def test_planning_imports_neither_ray_nor_torch() -> None:
-    program = "import cluster.capacity, cluster.capacity_time, cluster.gpu_rates, sys; print({'ray', 'torch'} & set(sys.modules))"
+    program = "import cluster.capacity.pods, cluster.capacity.stages, cluster.capacity.gpu_rates, sys; print({'ray', 'torch'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 
@@ -86,21 +77,21 @@ def test_rows_of_training_are_those_of_the_kernels() -> None:
 
 
 def test_constants_are_those_of_the_code() -> None:
-    assert capacity_time.HASHES_PER_PASS == capacity_requests.HASHES_PER_PASS == row_ids.HASHES_PER_PASS
-    assert capacity_memory.HASHES_PER_PASS == row_ids.HASHES_PER_PASS
-    assert capacity_memory.PQ_TRAIN_POINTS == trainer.PQ_TRAIN_POINTS
-    assert capacity_time.QUERIES_PER_PIECE == capacity_bytes.QUERIES_PER_PIECE == query_sample.QUERIES_PER_PIECE
-    assert capacity_time.PQ_TRAIN_POINTS == trainer.PQ_TRAIN_POINTS
-    assert capacity_time.REENCODED_ENTRIES == verifier.REENCODED_ENTRIES
-    assert capacity_time.MIN_ROWS_PER_CENTROID == kmeans.MIN_ROWS_PER_CENTROID
-    assert (capacity_time.MAX_EXACT_LISTS, capacity_time.GROUP_ITERATIONS) == (
+    assert stages.HASHES_PER_PASS == storage_requests.HASHES_PER_PASS == row_ids.HASHES_PER_PASS
+    assert memory.HASHES_PER_PASS == row_ids.HASHES_PER_PASS
+    assert memory.PQ_TRAIN_POINTS == trainer.PQ_TRAIN_POINTS
+    assert stages.QUERIES_PER_PIECE == objects.QUERIES_PER_PIECE == query_sample.QUERIES_PER_PIECE
+    assert stages.PQ_TRAIN_POINTS == trainer.PQ_TRAIN_POINTS
+    assert stages.REENCODED_ENTRIES == verifier.REENCODED_ENTRIES
+    assert stages.MIN_ROWS_PER_CENTROID == kmeans.MIN_ROWS_PER_CENTROID
+    assert (stages.MAX_EXACT_LISTS, stages.GROUP_ITERATIONS) == (
         kmeans.MAX_EXACT,
         kmeans.GROUP_ITERATIONS,
     )
-    assert capacity_time.ROWS_PER_CODEWORD == kernels_pq.ROWS_PER_CODEWORD
-    assert capacity_bytes.BLOCK_BYTES == checked.BLOCK_BYTES
-    assert capacity_bytes.EXACT_KEPT == exact_neighbours.KEPT
-    assert capacity_requests.MULTIPART_BYTES == s3_store.PART_BYTES
+    assert stages.ROWS_PER_CODEWORD == kernels_pq.ROWS_PER_CODEWORD
+    assert objects.BLOCK_BYTES == checked.BLOCK_BYTES
+    assert objects.EXACT_KEPT == exact_neighbours.KEPT
+    assert storage_requests.MULTIPART_BYTES == s3_store.PART_BYTES
     assert TABLE_DOCUMENTS == index_build.TABLE_DOCUMENTS
 
 

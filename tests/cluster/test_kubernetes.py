@@ -253,9 +253,10 @@ def test_another_attempt_goes_on_and_an_end_is_in_sight() -> None:
 
 
 def test_memory_is_that_of_the_sizing_code() -> None:
-    from cluster.capacity import measured, size_pods
+    from cluster.capacity.coefficients import measured
+    from cluster.capacity.pods import size_pods
     from pipelines.config import load_config
-    from pipelines.plan_inputs import Asked, workload
+    from pipelines.planning.plan_inputs import Asked, workload
 
     corpus = ["--set=docs=50000000", "--set=tokens_per_doc=300", "--set=nodes=4", "--set=cpus_per_node=16"]
     options = ["--", "--set", "index.shard_rows=1000000"]

@@ -18,7 +18,7 @@ from operators import crash_points
 from operators.artifact.manifest import open_current
 from operators.errors import FencedError, ResourceError
 from operators.storage.store import open_store
-from pipelines.cli_cluster_output import job_facts
+from pipelines.commands.jobs_output import job_facts
 from pipelines.demo_corpus import collect_documents
 from tests.cluster.ray_nodes import RayNodes
 from tests.cluster.submitted import SleepingPool, lose_node_of_stopped_worker, submit

@@ -27,7 +27,7 @@ from operators.storage.checked import CheckedFile, put_checked
 from operators.storage.commits import read_record
 from operators.storage.store import open_store
 from operators.storage.traffic import Traffic, traffic
-from pipelines.progress import RunProgress
+from pipelines.telemetry.progress import RunProgress
 from tests.faults.faulty_s3 import faulty_s3
 
 SCRAPE_DEADLINE_S = 30.0  # Ray's agent collects every few seconds

@@ -16,7 +16,8 @@ import pytest
 
 from operators.errors import ConfigError
 from pipelines import cli
-from pipelines.cli_output import bytes_text, rows_text, show_results, show_verification
+from pipelines.commands.index_output import show_results, show_verification
+from pipelines.commands.output import bytes_text, rows_text
 from pipelines.search import Query, read_queries, write_results
 
 COMMANDS = (

@@ -23,8 +23,8 @@ from operators.storage.fencing import take_epoch
 from operators.storage.store import Store
 from pipelines import compact_candidate
 from pipelines.compact import compact
-from pipelines.progress import RunProgress
 from pipelines.runs import unfinished_runs
+from pipelines.telemetry.progress import RunProgress
 from pipelines.verify import verify
 from tests.artifact_maker import Version, add_delta
 from tests.pipelines.compact_versions import copied, make_versions, settings

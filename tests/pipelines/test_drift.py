@@ -11,7 +11,7 @@ from operators.artifact.list_run import RunReader
 from operators.artifact.manifest import read_part_record
 from operators.drift import SampledSegment, code_error, spread
 from operators.errors import IndexNotFoundError
-from pipelines.cli_nightly_output import show_drift
+from pipelines.commands.nightly_output import show_drift
 from pipelines.drift import drift, recommendation
 from tests.artifact_maker import Version, add_delta, make_version
 

@@ -16,11 +16,11 @@ from cluster.supply import NodeSupply
 from operators.errors import ConfigError
 from pipelines import cli, publication
 from pipelines.build import build
-from pipelines.cli_plan_output import amount, duration, seconds_of, size_of
+from pipelines.commands.plan_output import amount, duration, seconds_of, size_of
 from pipelines.config import load_config
-from pipelines.plan import Planned, Storage, plan
-from pipelines.plan_facts import Prices, plan_facts
-from pipelines.plan_inputs import Asked
+from pipelines.planning.plan import Planned, Storage, plan
+from pipelines.planning.plan_facts import Prices, plan_facts
+from pipelines.planning.plan_inputs import Asked
 from tests.pipelines.build_corpus import IN_PROCESS, write_corpus
 
 BILLION = Asked(

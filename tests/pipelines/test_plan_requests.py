@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import s3fs
 
-from cluster.capacity import Corpus, Fleet, Workload, measured
-from cluster.capacity_requests import stage_requests
+from cluster.capacity.coefficients import measured
+from cluster.capacity.storage_requests import stage_requests
+from cluster.capacity.workload import Corpus, Fleet, Workload
 from pipelines.build import build
 from pipelines.config import load_config
-from pipelines.plan_inputs import model_shape
-from pipelines.progress import RunProgress
+from pipelines.planning.plan_inputs import model_shape
+from pipelines.telemetry.progress import RunProgress
 
 WRITES = ("put_object", "upload_part", "create_multipart_upload", "complete_multipart_upload")
 DOCUMENTS, PIECE_ROWS = 400, 50

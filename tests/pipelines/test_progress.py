@@ -22,12 +22,12 @@ from operators.sources.listing import SourceObject
 from operators.sources.pieces import Piece
 from operators.storage.store import open_store
 from operators.storage.traffic import Traffic
-from pipelines import progress, progress_views
-from pipelines.piece_flow import PieceFlow, source_bytes
-from pipelines.progress import RunProgress
-from pipelines.progress_views import BarsView, JsonView, duration
-from pipelines.run_record import read_run_record
-from pipelines.time_bins import MAX_BINS, TimeBins
+from pipelines.telemetry import progress, progress_views
+from pipelines.telemetry.piece_flow import PieceFlow, source_bytes
+from pipelines.telemetry.progress import RunProgress
+from pipelines.telemetry.progress_views import BarsView, JsonView, duration
+from pipelines.telemetry.run_record import read_run_record
+from pipelines.telemetry.time_bins import MAX_BINS, TimeBins
 from tests.pipelines.build_corpus import build_arguments, run_cli
 
 EVENTS = {"begin", "stage_begin", "progress", "stage_end", "message", "published", "end"}
@@ -185,7 +185,7 @@ def test_the_eta_goes_by_bytes_and_leaves_resumed_work_out(monkeypatch: pytest.M
     flow.expect([*small, *large], [*small[2:], *large], 1, False)
     assert (flow.resumed, flow.bytes_resumed) == (2, 200)
     clock = [began]
-    monkeypatch.setattr("pipelines.piece_flow.now", lambda: clock[0])
+    monkeypatch.setattr("pipelines.telemetry.piece_flow.now", lambda: clock[0])
     for number, one in enumerate(small[2:]):  # a piece of 100 bytes a second
         clock[0] = began + number + 1
         flow.add(encoded(one, began + number, 1.0))
@@ -201,7 +201,7 @@ def test_busy_share_and_queue_are_those_of_a_simulated_pool(monkeypatch: pytest.
     """Two encoders, one busy all the time and one a half of it; every piece waits for 3 s."""
     began = now()
     clock = [began + 60.0]
-    monkeypatch.setattr("pipelines.piece_flow.now", lambda: clock[0])
+    monkeypatch.setattr("pipelines.telemetry.piece_flow.now", lambda: clock[0])
     flow = PieceFlow(began)
     pieces = [piece(n) for n in range(60)]
     flow.expect(pieces, pieces, 2, False)
@@ -240,7 +240,7 @@ def test_a_series_keeps_its_sums_in_at_most_500_steps_however_long_and_unordered
 
 
 def test_commands_that_show_progress_load_no_torch_for_it() -> None:
-    script = "import sys; import pipelines.progress; sys.exit(', '.join({'torch', 'ray', 'faiss'} & set(sys.modules)))"
+    script = "import sys; import pipelines.telemetry.progress; sys.exit(', '.join({'torch', 'ray', 'faiss'} & set(sys.modules)))"
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=False, env={**os.environ}
     )

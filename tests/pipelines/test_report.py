@@ -23,7 +23,7 @@ from pipelines.operating_points import measure_operating_points, operating_point
 from pipelines.report import report, write_report
 from pipelines.report_page.page import page
 from pipelines.report_page.text import count, esc, share, size, span, ticks
-from pipelines.run_record import read_run_record, run_record_key
+from pipelines.telemetry.run_record import read_run_record, run_record_key
 from tests.pipelines.build_corpus import run_cli
 from tests.pipelines.nightly_site import HERE, UNITS, A, Site, configured
 

@@ -11,7 +11,7 @@ from operators.errors import ConfigError, FingerprintError, SourceError
 from operators.sources.readers import PieceReader
 from operators.storage.store import open_store
 from pipelines import update as update_module
-from pipelines.cli_update_output import show_update, update_facts
+from pipelines.commands.update_output import show_update, update_facts
 from pipelines.compact import compact
 from pipelines.rollback import rollback
 from pipelines.verify import verify

@@ -27,7 +27,8 @@ from operators.storage.fencing import read_epoch, take_epoch
 from operators.storage.store import Store, open_store
 from pipelines import cli
 from pipelines import rollback as rollback_module
-from pipelines.cli_output import show_history, show_info
+from pipelines.commands.index_output import show_info
+from pipelines.commands.versions_output import show_history
 from pipelines.garbage import collect_garbage
 from pipelines.info import info
 from pipelines.rollback import rollback

@@ -1,0 +1,1 @@
+"""`plan` and `plan --calibrate`: what a job takes, from measurements."""
