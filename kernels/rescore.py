@@ -1,10 +1,12 @@
 """Scores of given pairs of a query and a row that lies among many: gathered, widened and multiplied in one pass.
 
-Shapes: Q queries, N rows, P pairs, D dimensions.
+Shapes: Q queries, N rows, P pairs, C candidates of a query, k best of them, D dimensions.
 """
 
 from __future__ import annotations
 
+import platform
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -32,11 +34,7 @@ def score_pairs(
     rows_ND: float16, C order, finite; it may be memory-mapped, and only rows that are asked for are read. Arithmetic in
     float32; a pair's score has the same bits wherever it is computed. On the thread that calls, without the interpreter.
     """
-    check_metric(metric)
-    if rows_ND.dtype != np.float16 or rows_ND.shape[1:] != queries_QD.shape[1:]:
-        raise ValueError(
-            f"rows_ND must be float16 [N, {queries_QD.shape[1]}], got {rows_ND.dtype} {list(rows_ND.shape)}"
-        )
+    _check(queries_QD, rows_ND, metric)
     for name, places, size in (("query_P", query_P, len(queries_QD)), ("row_P", row_P, len(rows_ND))):
         if len(places) and (places.min() < 0 or places.max() >= size):
             raise ValueError(f"{name} must be in 0..{size - 1}, got {places.min()}..{places.max()}")
@@ -53,9 +51,63 @@ def score_pairs(
     return out_P
 
 
+def best_rows(
+    queries_QD: npt.NDArray[np.float32],
+    rows_ND: npt.NDArray[Any],
+    row_QC: npt.NDArray[np.int64],
+    k: int,
+    *,
+    metric: str,
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    """The k best of each query's candidates: scores float32 [Q, k], of `score_pairs`, and rows int64 [Q, k], best first.
+
+    row_QC: rows of rows_ND, those of a query all different; -1: none. Ties go to the lowest row. Fewer candidates than k: -inf
+    and -1. On the thread that calls, without the interpreter.
+    """
+    _check(queries_QD, rows_ND, metric)
+    if row_QC.shape[:1] != queries_QD.shape[:1]:
+        raise ValueError(f"row_QC must be [{len(queries_QD)}, C], got {list(row_QC.shape)}")
+    if row_QC.size and (row_QC.min() < -1 or row_QC.max() >= len(rows_ND)):
+        raise ValueError(f"row_QC must be in -1..{len(rows_ND) - 1}, got {row_QC.min()}..{row_QC.max()}")
+    scores_Qk = np.full((len(queries_QD), k), -np.inf, np.float32)
+    best_Qk = np.full((len(queries_QD), k), -1, np.int64)
+    compiled = _compiled()
+    if compiled is not None:
+        queries, rows = np.ascontiguousarray(queries_QD, np.float32), np.ascontiguousarray(row_QC, np.int64)
+        compiled.best_rows(queries, rows_ND.view(np.uint16), rows, metric == "ip", scores_Qk, best_Qk)
+        return scores_Qk, best_Qk
+    query_P, column_P = np.nonzero(row_QC >= 0)
+    scores_QC = np.full(row_QC.shape, -np.inf, np.float32)
+    scores_QC[query_P, column_P] = score_pairs(queries_QD, query_P, rows_ND, row_QC[query_P, column_P], metric=metric)
+    found = best_of(scores_QC, row_QC, k)
+    scores_Qk[:, : found[0].shape[1]], best_Qk[:, : found[1].shape[1]] = found
+    return scores_Qk, best_Qk
+
+
+def best_of(
+    scores_QC: npt.NDArray[np.float32], row_QC: npt.NDArray[np.int64], k: int
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    """The k best of scored candidates, best first, in min(k, C) columns. Ties go to the lowest row; where it is -1, the score is -inf."""
+    order = np.lexsort((row_QC, -scores_QC), axis=-1)[:, :k]
+    return np.take_along_axis(scores_QC, order, 1), np.take_along_axis(row_QC, order, 1)
+
+
+def _check(queries_QD: npt.NDArray[np.float32], rows_ND: npt.NDArray[Any], metric: str) -> None:
+    check_metric(metric)
+    if rows_ND.dtype != np.float16 or rows_ND.shape[1:] != queries_QD.shape[1:]:
+        raise ValueError(
+            f"rows_ND must be float16 [N, {queries_QD.shape[1]}], got {rows_ND.dtype} {list(rows_ND.shape)}"
+        )
+
+
+@cache
 def _compiled() -> ModuleType | None:
-    """kernels.rescore_compiled, or None where numba is not installed."""
+    """kernels.rescore_compiled, or None where numba is not installed or the processor cannot widen halves."""
     try:
+        from llvmlite.binding import get_host_cpu_features
+
+        if platform.machine() in ("x86_64", "AMD64") and not get_host_cpu_features().get("f16c", False):
+            return None  # nearly none is left, and LLVM would call a function there that is not at hand
         from kernels import rescore_compiled
     except ImportError:
         return None

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kernels.rescore import score_pairs
+from kernels.rescore import best_of, best_rows, score_pairs
 from kernels.topk import exact_search
 from operators import schemas
 from operators.artifact.doc_id_prefixes import DocIdPrefixes
@@ -287,11 +287,14 @@ class Index:
         return queries
 
     def _refine(self, queries: np.ndarray, entries_QC: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and entries of the k best candidates (-1: none) by their stored vectors."""
+        if len(self.parts) == 1 and self._vectors[0] is not None:
+            self._vectors[0].check(entries_QC)
+            return best_rows(queries, self._vectors[0].vectors_nd, entries_QC, k, metric=self.manifest.metric)
         query, column = np.nonzero(entries_QC >= 0)
         scores = np.full(entries_QC.shape, -np.inf, np.float32)
         scores[query, column] = self._score(queries, query, entries_QC[query, column])
-        order = np.lexsort((entries_QC, -scores), axis=-1)[:, :k]
-        return np.take_along_axis(scores, order, 1), np.take_along_axis(entries_QC, order, 1)
+        return best_of(scores, entries_QC, k)
 
     def _score(self, queries_Qd: np.ndarray, query_P: Ints, entries_P: Ints) -> npt.NDArray[np.float32]:
         """Scores float32 [P] of pairs of a query and an entry, with the stored vectors."""

@@ -100,7 +100,8 @@ class ListScanner:
         self._faiss.search_preassigned_c(len(queries_Qd), p[0], count, p[1], p[2], p[3], p[4], store_pairs)
         if self._is_distance:
             np.negative(scores, out=scores)
-        scores[labels < 0] = -np.inf
+        if (labels[:, -1:] < 0).any():  # what is missing is at the end
+            scores[labels < 0] = -np.inf
         return scores, labels
 
 

@@ -156,6 +156,9 @@ class MappedSegment:
         self.list_starts_L = np.concatenate(
             [reader.starts_L[:-1] + start for reader, start in zip(readers, self.part_starts, strict=False)]
         )
+        # What turns a pair into an entry; the last is for -1, whose list is -1.
+        pair_starts_L = np.arange(len(self.list_starts_L), dtype=np.int64) << 32
+        self._from_pair_L1 = np.append(self.list_starts_L - pair_starts_L, 0)
         self.list_sizes_L = np.concatenate([np.diff(reader.starts_L) for reader in readers])
         self._checked_L = np.zeros(len(self.list_starts_L), bool)
         self._all_checked = False
@@ -208,8 +211,7 @@ class MappedSegment:
 
     def entries_of(self, pairs: Ints) -> Ints:
         """Entry numbers of faiss's list_no << 32 | offset (any shape), which the place in the lists is; -1 stays."""
-        list_no, offset = pairs >> 32, pairs & 0xFFFFFFFF
-        return np.where(pairs < 0, -1, self.list_starts_L[np.maximum(list_no, 0)] + offset)
+        return pairs + self._from_pair_L1[pairs >> 32]
 
     def live(self, entries: Ints) -> npt.NDArray[np.bool_]:
         """Which of the entries (any shape, of lists that were checked) are not deleted; False for -1."""

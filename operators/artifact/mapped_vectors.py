@@ -39,8 +39,14 @@ class MappedVectors:
         ).reshape(num_rows, d)
 
     def check(self, positions: npt.NDArray[np.int64]) -> None:
-        """Check the blocks that hold these entries and have not been checked. Raises IntegrityError naming the object."""
-        if self._all_checked or not len(positions):
+        """Check the blocks that hold these entries (any shape, -1: none) and have not been checked.
+
+        Raises IntegrityError naming the object.
+        """
+        if self._all_checked:
+            return
+        positions = positions[positions >= 0]
+        if not len(positions):
             return
         first = (self._start + positions * self._row_bytes) // self._entry.block_bytes
         last = (self._start + (positions + 1) * self._row_bytes - 1) // self._entry.block_bytes

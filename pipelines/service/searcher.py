@@ -126,8 +126,9 @@ class OpenVersion:
         self, vectors_Qd: npt.NDArray[np.float32], k: int, point: Point, prefix: str | None
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
         """Scores float32 and entries int64 (-1: none) [Q, at most k]. By the search thread."""
-        found = self.index.search(vectors_Qd, k, nprobe=point.nprobe, refine_factor=point.refine_factor, prefix=prefix)
-        return found.scores_Qk, found.entries_Qk
+        return self.index.search_entries(
+            vectors_Qd, k, nprobe=point.nprobe, refine_factor=point.refine_factor, prefix=prefix
+        )
 
     def hits(
         self, scores_Qk: npt.NDArray[np.float32], entries_Qk: npt.NDArray[np.int64], with_text: bool
