@@ -48,10 +48,11 @@ def tasks_in_turn(
     function: Callable[..., Any],
     calls: Sequence[tuple[Any, ...]],
     *,
+    shared: Sequence[Any] = (),
     on_done: Callable[[int, Any], None] | None = None,
     check: Callable[[], None] | None = None,
 ) -> list[Any]:
-    """`cluster.tasks.run_tasks` in this process: results of function(*call) for every call, in order.
+    """`cluster.tasks.run_tasks` in this process: results of function(*shared, *call) for every call, in order.
 
     An exception of the function is kept until all other calls have ended, then raised. `check` is called before each.
     """
@@ -61,7 +62,7 @@ def tasks_in_turn(
         if check is not None:
             check()
         try:
-            results[number] = function(*call)
+            results[number] = function(*shared, *call)
         except Exception as error:
             failures.append((number, error))
             continue

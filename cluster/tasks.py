@@ -17,6 +17,7 @@ def run_tasks(
     function: Callable[..., Any],
     calls: Sequence[tuple[Any, ...]],
     *,
+    shared: Sequence[Any] = (),
     num_cpus: float = 1,
     num_gpus: float = 0,
     stall_timeout_s: float = 900.0,
@@ -26,7 +27,7 @@ def run_tasks(
     check: Callable[[], None] | None = None,
     max_in_flight: int = 256,
 ) -> list[Any]:
-    """Results of function(*call) for every call, in order.
+    """Results of function(*shared, *call) for every call, in order. What is shared goes to each node once.
 
     A worker that dies is replaced and its task run again (its commits make that safe). An exception of the function is
     kept until all other tasks have ended, then raised: a VectormillError as it is, with the number of further failures.
@@ -37,6 +38,7 @@ def run_tasks(
     from ray.exceptions import RayError, RayTaskError
 
     remote = ray.remote(function).options(num_cpus=num_cpus, num_gpus=num_gpus, max_retries=WORKER_CRASH_RETRIES)
+    kept = [ray.put(value) for value in shared]
     results: list[Any] = [None] * len(calls)
     failures: list[tuple[int, Exception]] = []
     waiting = list(range(len(calls)))[::-1]
@@ -46,7 +48,7 @@ def run_tasks(
     while waiting or running:
         while waiting and len(running) < max_in_flight:
             number = waiting.pop()
-            running[remote.remote(*calls[number])] = number
+            running[remote.remote(*kept, *calls[number])] = number
         done, _ = ray.wait(list(running), num_returns=1, timeout=1.0)
         for ref in done:
             number = running.pop(ref)

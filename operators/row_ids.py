@@ -1,12 +1,14 @@
 """Duplicate ids and texts across the corpus, and the row ids of what is left: prefix sums over committed pieces in source order.
 
 A document's *place* is one number, int64: that of its piece times 2^32, plus its ordinal in the piece. Places ascend in
-source order. Shapes: N documents of a pass, F documents found to be duplicates, W words of a hash.
+source order. What is repeated is found among the hashes of all documents at once (`assign_row_ids`), or by remainder of the
+hash in several *passes* that know nothing of each other (operators/hash_runs.py): equal hashes are in one pass, so the answer
+is the same. Shapes: N documents of a pass, F documents found to be duplicates, W words of a hash.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,16 +17,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from operators import schemas
-from operators.piece_store import kept_mask, read_tables
+from operators.piece_store import read_tables
+from operators.storage.checked import ObjectEntry
 from operators.storage.commits import CommitRecord
+from operators.storage.packed_entries import PackedEntries
 from operators.storage.store import Store
 
-HASHES_PER_PASS = 50_000_000  # of 8 bytes, each with its place: about 2 GB while a pass sorts
+WORDS = {"doc_hash": 1, "text_hash": 2}  # of 8 bytes
 LINES_AT_ONCE = 500_000
 
 _BY_ID, _BY_TEXT = ("rejected", "duplicate_id"), ("dropped", "duplicate_text")  # outcome and reason
 
 Ints = npt.NDArray[np.int64]
+Entries = Sequence[ObjectEntry] | PackedEntries  # of the pieces' tables, in source order
 
 
 @dataclass
@@ -53,39 +58,53 @@ class RowIds:
     duplicates: Duplicates
 
 
-def assign_row_ids(
-    store: Store,
-    pieces: Sequence[CommitRecord],
-    hashes_per_pass: int = HASHES_PER_PASS,
-    *,
-    drop_equal_texts: bool = False,
-) -> RowIds:
+@dataclass
+class DocumentHashes:
+    """Hashes of documents in source order: words uint64 [N, W], their places, and their numbers of chunks."""
+
+    words_NW: npt.NDArray[np.uint64]
+    place_N: Ints
+    num_chunks_N: npt.NDArray[np.int32]
+
+
+@dataclass
+class Repeated:
+    """Documents of one pass that are left out: their places, those of what stands for them, and their numbers of chunks."""
+
+    place_F: Ints
+    first_F: Ints
+    num_chunks_F: npt.NDArray[np.int32]
+
+
+def assign_row_ids(store: Store, pieces: Sequence[CommitRecord], *, drop_equal_texts: bool = False) -> RowIds:
     """Find documents whose id came earlier in source order, and number the chunks of the others.
 
     The first document with an id wins. With `drop_equal_texts`, of the documents that are left the first one with a
     text wins too (equal 128-bit hashes count as equal texts), so what stands for a text is never itself left out.
-    Memory is bounded by `hashes_per_pass` hashes, and some 60 bytes for each duplicate: a larger corpus is worked
-    through in several passes, each over the hashes of one remainder. Deterministic.
+    In one pass: some 50 bytes of memory for each hash, 60 more for each duplicate. Deterministic.
     """
-    total_docs = sum(record.facts["num_docs"] for record in pieces)
-    passes = -(-total_docs // hashes_per_pass)
-    found = [_equal_ids(store, pieces, passes, remainder) for remainder in range(passes)]
-    place_F, first_F = _joined(found)
-    num_by_id = len(place_F)
-    if drop_equal_texts:
-        left_out = _docs_by_piece(place_F)
-        passes = -(-2 * total_docs // hashes_per_pass)  # a text's hash has two words
-        found += [_equal_texts(store, pieces, passes, remainder, left_out) for remainder in range(passes)]
-        place_F, first_F = _joined(found)
+    encoded = [record.objects["encoded"] for record in pieces]
+    hashes = read_hashes(store, encoded, ["doc_hash", "text_hash"] if drop_equal_texts else ["doc_hash"])
+    by_id = repeated_ids(store, encoded, hashes[0])
+    by_text = [repeated_texts(hashes[1], np.sort(by_id.place_F))] if drop_equal_texts else []
+    return numbered(pieces, [by_id], by_text)
+
+
+def numbered(pieces: Sequence[CommitRecord], by_id: Sequence[Repeated], by_text: Sequence[Repeated]) -> RowIds:
+    """Row ids without the documents that all passes found."""
+    found = [*by_id, *by_text]
+    empty = np.empty(0, np.int64)
+    place_F = np.concatenate([empty, *(one.place_F for one in found)])
+    first_F = np.concatenate([empty, *(one.first_F for one in found)])
+    lost = np.zeros(len(pieces), np.int64)
+    for one in found:
+        np.add.at(lost, one.place_F >> 32, one.num_chunks_F)
     order = np.argsort(place_F)
-    duplicates = Duplicates(place_F[order], first_F[order], order >= num_by_id)
-    dropped = _docs_by_piece(duplicates.place_F)
-    counts = [record.facts["num_chunks"] for record in pieces]
-    tables = read_tables(store, (pieces[piece].objects["encoded"] for piece in dropped), ["chunk_no"])
-    for (piece, docs), table in zip(dropped.items(), tables, strict=True):
-        counts[piece] = int(kept_mask(table.column("chunk_no").to_numpy(), docs).sum())
+    duplicates = Duplicates(place_F[order], first_F[order], order >= sum(len(one.place_F) for one in by_id))
+    counts = [record.facts["num_chunks"] - less for record, less in zip(pieces, lost.tolist(), strict=True)]
     bases = np.concatenate([[0], np.cumsum(counts)]).tolist()
-    return RowIds(bases[:-1], counts, total_docs - len(order), dropped, duplicates)
+    num_docs = sum(record.facts["num_docs"] for record in pieces) - len(order)
+    return RowIds(bases[:-1], counts, num_docs, _docs_by_piece(duplicates.place_F), duplicates)
 
 
 def duplicate_lines(store: Store, pieces: Sequence[CommitRecord], duplicates: Duplicates) -> Iterator[pa.Table]:
@@ -93,11 +112,12 @@ def duplicate_lines(store: Store, pieces: Sequence[CommitRecord], duplicates: Du
 
     In source order. A table is made from one reading of the ids of the pieces that it concerns.
     """
+    encoded = [record.objects["encoded"] for record in pieces]
     for begin in range(0, len(duplicates.place_F), LINES_AT_ONCE):
         some = slice(begin, begin + LINES_AT_ONCE)
         by_text = pa.array(duplicates.by_text_F[some])
-        lost = _documents(store, pieces, duplicates.place_F[some], ["source", "row", "doc_id"])
-        first = _documents(store, pieces, duplicates.first_F[some], ["source", "row", "doc_id"])
+        lost = _documents(store, encoded, duplicates.place_F[some], ["source", "row", "doc_id"])
+        first = _documents(store, encoded, duplicates.first_F[some], ["source", "row", "doc_id"])
         row = pc.cast(first.column("row"), pa.large_string())
         place = pc.binary_join_element_wise(first.column("source"), row, _text(" row "))
         first_seen = pc.binary_join_element_wise(_text("first seen in"), place, _text(" "))
@@ -115,46 +135,47 @@ def duplicate_lines(store: Store, pieces: Sequence[CommitRecord], duplicates: Du
         yield pa.table([columns[field.name].cast(field.type) for field in schemas.REJECTS], schema=schemas.REJECTS)
 
 
-def _equal_ids(store: Store, pieces: Sequence[CommitRecord], passes: int, remainder: int) -> tuple[Ints, Ints]:
-    """Places of the documents whose id came earlier, and where, among those with this remainder of the hash."""
-    hash_NW, place_N = _hashes(store, pieces, "doc_hash", passes, remainder, {})
+def read_hashes(
+    store: Store, encoded: Sequence[ObjectEntry], columns: Sequence[str], first_piece: int = 0
+) -> list[DocumentHashes]:
+    """Of each column (WORDS) the hashes of all documents of pieces first_piece, first_piece + 1 ..."""
+    words: list[list[npt.NDArray[np.uint64]]] = [[np.empty((0, WORDS[name]), np.uint64)] for name in columns]
+    places, num_chunks = [np.empty(0, np.int64)], [np.empty(0, np.int32)]
+    for number, table in enumerate(read_tables(store, encoded, [*columns, "chunk_no"]), first_piece):
+        starts = np.flatnonzero(table.column("chunk_no").to_numpy() == 0)
+        for found, name in zip(words, columns, strict=True):
+            found.append(hash_words(table.column(name), WORDS[name])[starts])
+        places.append(np.arange(len(starts)) + (number << 32))
+        num_chunks.append(_chunks_from(starts, table.num_rows))
+    place_N, num_chunks_N = np.concatenate(places), np.concatenate(num_chunks)
+    return [DocumentHashes(np.concatenate(found), place_N, num_chunks_N) for found in words]
+
+
+def repeated_ids(store: Store, encoded: Entries, hashes: DocumentHashes) -> Repeated:
+    """The documents among these whose id came earlier among these."""
     # Two ids may share a 64-bit hash, so the ids themselves are compared.
-    candidates = place_N[np.unique(np.concatenate(repeats(hash_NW)))]
-    doc_ids = _documents(store, pieces, candidates, ["doc_id"]).column("doc_id").combine_chunks()
+    candidates = np.unique(np.concatenate(repeats(hashes.words_NW)))
+    place_C = hashes.place_N[candidates]
+    doc_ids = _documents(store, encoded, place_C, ["doc_id"]).column("doc_id").combine_chunks()
     numbers = pc.dictionary_encode(doc_ids).indices.to_numpy()
     again, first = repeats(numbers[:, None])
-    return candidates[again], candidates[first]
+    return Repeated(place_C[again], place_C[first], hashes.num_chunks_N[candidates[again]])
 
 
-def _equal_texts(
-    store: Store, pieces: Sequence[CommitRecord], passes: int, remainder: int, left_out: Mapping[int, list[int]]
-) -> tuple[Ints, Ints]:
-    """Like `_equal_ids` for the hashes of texts, without the documents `left_out` of each piece."""
-    hash_NW, place_N = _hashes(store, pieces, "text_hash", passes, remainder, left_out)
-    again, first = repeats(hash_NW)
-    return place_N[again], place_N[first]
+def repeated_texts(hashes: DocumentHashes, left_out_F: Ints) -> Repeated:
+    """The documents among these whose text came earlier among these, without those at the places left out, ascending."""
+    at = np.searchsorted(left_out_F, hashes.place_N)
+    kept = np.ones(len(at), bool)
+    within = at < len(left_out_F)
+    kept[within] = left_out_F[at[within]] != hashes.place_N[within]
+    place_N, num_chunks_N = hashes.place_N[kept], hashes.num_chunks_N[kept]
+    again, first = repeats(hashes.words_NW[kept])
+    return Repeated(place_N[again], place_N[first], num_chunks_N[again])
 
 
-def _hashes(
-    store: Store,
-    pieces: Sequence[CommitRecord],
-    column: str,
-    passes: int,
-    remainder: int,
-    left_out: Mapping[int, list[int]],
-) -> tuple[npt.NDArray[np.uint64], Ints]:
-    """Hashes [N, W] of the documents whose first word leaves this remainder, and their places, in source order."""
-    width = 2 if column == "text_hash" else 1
-    hashes, places = [np.empty((0, width), np.uint64)], [np.empty(0, np.int64)]
-    tables = read_tables(store, (record.objects["encoded"] for record in pieces), [column, "chunk_no"])
-    for number, table in enumerate(tables):
-        chosen = table.column("chunk_no").to_numpy() == 0
-        words_NW = hash_words(table.column(column), width)[chosen]
-        inside = words_NW[:, 0] % np.uint64(passes) == remainder
-        inside[left_out.get(number, [])] = False
-        hashes.append(words_NW[inside])
-        places.append(np.flatnonzero(inside) + (number << 32))
-    return np.concatenate(hashes), np.concatenate(places)
+def _chunks_from(starts: npt.NDArray[np.intp], num_rows: int) -> npt.NDArray[np.int32]:
+    """Numbers of chunks of the documents that begin at these rows."""
+    return np.diff(np.append(starts, num_rows)).astype(np.int32)
 
 
 def hash_words(column: pa.ChunkedArray, width: int) -> npt.NDArray[np.uint64]:
@@ -177,12 +198,12 @@ def repeats(key_NW: npt.NDArray[np.integer]) -> tuple[Ints, Ints]:
     return order[again], order[begins[np.searchsorted(begins, again, side="right") - 1]]
 
 
-def _documents(store: Store, pieces: Sequence[CommitRecord], place_F: Ints, columns: list[str]) -> pa.Table:
+def _documents(store: Store, encoded: Entries, place_F: Ints, columns: list[str]) -> pa.Table:
     """Columns of the documents at the places, row for row; texts as large_string."""
     wanted, row_of = np.unique(place_F, return_inverse=True)
     tables = []
     docs_of = _docs_by_piece(wanted)
-    read = read_tables(store, (pieces[number].objects["encoded"] for number in docs_of), [*columns, "chunk_no"])
+    read = read_tables(store, (encoded[number] for number in docs_of), [*columns, "chunk_no"])
     for docs, table in zip(docs_of.values(), read, strict=True):
         firsts = np.flatnonzero(table.column("chunk_no").to_numpy() == 0)
         found = table.select(columns).take(pa.array(firsts[docs]))
@@ -206,11 +227,6 @@ def _docs_by_piece(place_F: Ints) -> dict[int, list[int]]:
         number: docs[begin:end].tolist()
         for number, begin, end in zip(numbers.tolist(), begins.tolist(), ends[: len(begins)], strict=True)
     }
-
-
-def _joined(found: list[tuple[Ints, Ints]]) -> tuple[Ints, Ints]:
-    empty = np.empty(0, np.int64)
-    return np.concatenate([empty, *(places for places, _ in found)]), np.concatenate([empty, *(f for _, f in found)])
 
 
 def _text(value: str) -> pa.Scalar:

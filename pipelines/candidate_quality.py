@@ -11,8 +11,6 @@ import numpy.typing as npt
 
 from operators.artifact.exact_neighbours import ExactNeighbours, write_exact
 from operators.artifact.manifest import Manifest, Segment
-from operators.piece_store import read_table
-from operators.storage.checked import ObjectEntry
 from pipelines import recall as recall_tasks
 from pipelines.index_build import exact_key, verify_candidate
 from pipelines.index_stages import Threads
@@ -38,10 +36,13 @@ def measured(
     manifest says both. Raises IntegrityError with all that is wrong in the candidate.
     """
     verify_candidate(context, candidate, new)
-    context.progress.stage("measure recall", total=3 if queries else 1)
-    stored = read_table(context.store, ObjectEntry.from_json(candidate.queries), ["vector"])
-    vectors = np.array(stored.column("vector").to_pylist(), np.float32).reshape(stored.num_rows, candidate.d)
-    recall, exact = _recall(context, candidate, vectors, parent if candidate.kind == "update" else None)
+    since = parent if candidate.kind == "update" else None
+    num_tasks = 1 + recall_tasks.count_scans(candidate, since.next_row_id if since else 0)
+    if queries:
+        num_tasks += 2 + sum(recall_tasks.count_scans(manifest) for manifest in (candidate, parent))
+    context.progress.stage("measure recall", total=num_tasks)
+    vectors = recall_tasks.query_sample(context.store, candidate)
+    recall, exact = _recall(context, candidate, vectors, since)
     entry = write_exact(context.store, exact_key(candidate), exact)
     parent_recall = float(parent.quality["recall@10"])
     point = {name: parent.quality[name] for name in ("nprobe", "refine_factor")}
@@ -67,7 +68,12 @@ def _recall(
     context: RunContext, manifest: Manifest, queries_Qd: npt.NDArray[np.float32], parent: Manifest | None
 ) -> tuple[float, ExactNeighbours]:
     threads = Threads(context.config.encode.threads_per_worker)
-    call = (context.store.url, manifest, queries_Qd, parent, threads)
-    found: tuple[float, ExactNeighbours]
-    (found,) = context.tasks(recall_tasks.measure_recall, [call], num_cpus=threads.count)
-    return found
+    scanned = recall_tasks.scan_in_tasks(context, manifest, queries_Qd, parent.next_row_id if parent else 0)
+    scan_threads = recall_tasks.threads_of_searches(context, manifest)
+    call = (context.store.url, manifest, queries_Qd, parent, threads, scanned, scan_threads)
+    found: tuple[float, ExactNeighbours] | None
+    (found,) = context.tasks(recall_tasks.measure_recall, [call], num_cpus=max(threads.count, scan_threads))
+    if found is not None:
+        return found
+    context.progress.stage("measure recall", total=1 + recall_tasks.count_scans(manifest))
+    return _recall(context, manifest, queries_Qd, None)

@@ -27,7 +27,6 @@ from pipelines.compact_candidate import KIND, build_compacted
 from pipelines.config import RunConfig, config_of_version
 from pipelines.gate import gate
 from pipelines.index_build import exact_key, verify_candidate
-from pipelines.index_stages import Threads
 from pipelines.publication import finish_published, publish_version
 from pipelines.run_context import RunContext, epoch_watch, open_session
 from pipelines.runs import Run, begin_or_resume, check_run_kept, discard_run, told_as_lost, unfinished_runs
@@ -139,10 +138,7 @@ def _measured(context: RunContext, parent: Manifest, candidate: Manifest, retrai
         found = measured(context, parent, candidate, candidate.segments, []).candidate
         return dataclasses.replace(found, quality={**found.quality, "trained_rows": trained_rows(parent)})
     verify_candidate(context, candidate, candidate.segments)
-    threads = Threads(context.config.encode.threads_per_worker)
-    context.progress.stage("measure recall", total=1)
-    call = (context.store.url, candidate, context.config.index, threads, exact_key(candidate))
-    quality, exact = context.tasks(recall.measure_quality, [call], num_cpus=threads.count)[0]
+    quality, exact = recall.operating_point(context, candidate, exact_key(candidate))
     return dataclasses.replace(candidate, exact=exact, quality={**quality, "trained_rows": candidate.ntotal})
 
 

@@ -167,7 +167,7 @@ def _check_parity(context: RunContext, job: StreamJob, missing: list[Piece]) -> 
     """Refuse to start with an encoder that does not give the model's vectors. What was found goes into the manifest."""
     context.progress.stage("check encoder", total=1)
     threads = context.config.encode.threads_per_worker
-    resources = {"num_cpus": 1, "num_gpus": 1} if context.uses_gpu else {"num_cpus": threads}
+    resources: dict[str, Any] = {"num_cpus": 1, "num_gpus": 1} if context.uses_gpu else {"num_cpus": threads}
     found = context.tasks(check_parity, [(job, sample_of(missing))], **resources)[0]
     context.store.put(context.parity_key, json.dumps(found, sort_keys=True).encode())
     if not found["num_vectors"]:

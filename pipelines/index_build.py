@@ -26,6 +26,7 @@ from operators.storage.commits import CommitRecord, check_inputs, new_attempt
 from pipelines import index_stages, recall
 from pipelines.encode_pieces import sum_counts
 from pipelines.index_stages import Threads
+from pipelines.numbering import consecutive, number_rows
 from pipelines.run_context import RunContext
 
 TABLE_DOCUMENTS = 1_000_000  # of one table of the ledger: tables are written in parallel
@@ -35,10 +36,8 @@ def build_candidate(
     context: RunContext, listing: Listing, sources: list[str], pieces: list[CommitRecord], current: Manifest | None
 ) -> Manifest:
     """Manifest of a version that has been read back and measured, not published yet."""
-    store, config, progress = context.store, context.config, context.progress
-    progress.stage("number rows", total=1)
-    drop_equal_texts = config.clean.duplicates == "drop"
-    row_ids: RowIds = context.tasks(index_stages.number_rows, [(store.url, pieces, drop_equal_texts)])[0]
+    config, progress = context.config, context.progress
+    row_ids = number_rows(context, pieces)
     ntotal, d = sum(row_ids.counts), pieces[0].facts["d"]
     if ntotal == 0:
         raise SourceError(
@@ -229,15 +228,7 @@ def _small_objects(
 
 def ledger_groups(pieces: Sequence[CommitRecord]) -> list[list[int]]:
     """Numbers of consecutive pieces of together at most TABLE_DOCUMENTS documents (or one larger piece)."""
-    groups: list[list[int]] = []
-    held = 0
-    for number, record in enumerate(pieces):
-        if not groups or held + record.facts["num_docs"] > TABLE_DOCUMENTS:
-            groups.append([])
-            held = 0
-        groups[-1].append(number)
-        held += record.facts["num_docs"]
-    return groups
+    return consecutive(pieces, TABLE_DOCUMENTS)
 
 
 def _manifest(
@@ -327,10 +318,7 @@ def verify_candidate(context: RunContext, manifest: Manifest, segments: Sequence
 
 def _measure(context: RunContext, manifest: Manifest) -> tuple[dict[str, Any], dict[str, Any]]:
     config = context.config
-    threads = Threads(config.encode.threads_per_worker)
-    context.progress.stage("measure recall", total=1)
-    call = (context.store.url, manifest, config.index, threads, exact_key(manifest))
-    quality, exact = context.tasks(recall.measure_quality, [call], num_cpus=threads.count)[0]
+    quality, exact = recall.operating_point(context, manifest, exact_key(manifest))
     if quality["recall@10"] < config.index.min_recall:
         raise QualityError(
             f"recall@10 on the query sample must be at least {config.index.min_recall} (index.min_recall), got"

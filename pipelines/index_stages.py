@@ -30,7 +30,7 @@ from operators.merger import merge_range
 from operators.piece_store import READ_AHEAD, read_table, read_tables, write_table
 from operators.query_sample import lowest_queries
 from operators.renumbering import Renumbering
-from operators.row_ids import Duplicates, RowIds, assign_row_ids, duplicate_lines
+from operators.row_ids import Duplicates, duplicate_lines
 from operators.shard_builder import PieceOfShard, build_shard
 from operators.storage.checked import CheckedFile, ObjectEntry, put_checked, write_checked
 from operators.storage.commits import CommitRecord, commit, finished_unit, new_attempt, read_record
@@ -53,11 +53,6 @@ class Threads:
 
         torch.set_num_threads(self.count)
         faiss.omp_set_num_threads(self.count)
-
-
-def number_rows(store_url: str, pieces: Sequence[CommitRecord], drop_equal_texts: bool) -> RowIds:
-    """Row ids and duplicates of the whole corpus."""
-    return assign_row_ids(open_store(store_url), pieces, drop_equal_texts=drop_equal_texts)
 
 
 def write_rejects(store: Store, key: str, pieces: Sequence[CommitRecord], duplicates: Duplicates) -> ObjectEntry | None:

@@ -69,10 +69,18 @@ class RunContext:
         """Where the outcome of the run's parity check is kept."""
         return f"{self.run.prefix}/parity.json"
 
-    def tasks(self, function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], **options: Any) -> list[Any]:
-        """Parallel tasks (without Ray: in turn) under this run's watch: epoch, stall timeout, progress."""
+    def tasks(
+        self,
+        function: Callable[..., Any],
+        calls: Sequence[tuple[Any, ...]],
+        *,
+        shared: Sequence[Any] = (),
+        **options: Any,
+    ) -> list[Any]:
+        """Results of function(*shared, *call): parallel tasks (without Ray: in turn) under this run's watch: epoch, stall timeout, progress."""
         timed = with_span(function, function.__name__)
         watch: dict[str, Any] = {
+            "shared": shared,
             "check": self.watch,
             "on_done": lambda number, result: self.progress.task_done(result[1]),
         }

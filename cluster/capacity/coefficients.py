@@ -143,7 +143,7 @@ _TABLE: dict[str, tuple[float, str, str]] = {
     "merge_buffers": (5.0, "buffers", "operators/merger.py"),
     "merge_s_per_row": (4.732e-06, "s/row", HERE),
     "merge_s_per_text_byte": (5.9355e-09, "s/text byte", HERE),
-    "number_rows_bytes_per_hash": (35.0, "B/document", "docs/architecture.md, Memory"),
+    "number_rows_bytes_per_hash": (50.0, "B/document", "docs/architecture.md, Memory"),
     "number_s_per_piece": (0.00043021, "s/piece", HERE),
     "number_s_per_row": (3.7145e-07, "s/row", HERE),
     "number_s_per_text_byte": (0.0, "s/text byte", HERE),
@@ -154,6 +154,7 @@ _TABLE: dict[str, tuple[float, str, str]] = {
         "s/piece",
         "benchmarks/results/limits.json, ingest.stage_s.list sources over ingest.pieces",
     ),
+    "pass_s_per_hash": (1.8327e-07, "s/hash", HERE),
     "pq_train_s_per_row_dim": (9.783e-09, "s/row dim", HERE),
     "process_start_s": (
         2.83,
@@ -174,6 +175,11 @@ _TABLE: dict[str, tuple[float, str, str]] = {
     "read_s_per_row": (1.5722e-06, "s/row", HERE),
     "read_s_per_text_byte": (4.2045e-09, "s/text byte", HERE),
     "record_bytes": (891.12, "B", HERE),
+    "refine_growth": (
+        2.0,
+        "times index.refine_factor",
+        "benchmarks/results/searched_lists.json, sizes[2].refine_factor over the setting",
+    ),
     "rows_bytes_per_row": (35.257, "B/row", HERE),
     "rows_bytes_per_run": (1418.0, "B/run", HERE),
     "rows_bytes_per_text_byte": (0.39261, "B/text byte", HERE),
@@ -181,7 +187,8 @@ _TABLE: dict[str, tuple[float, str, str]] = {
     "sample_s_per_row": (3.626e-06, "s/row", HERE),
     "sample_s_per_text_byte": (0.0, "s/text byte", HERE),
     "search_s_per_code_byte": (5.5352e-10, "s/code byte", HERE),
-    "searched_share": (4.0, "whole indices", HERE),
+    "searches": (15.0, "searches", "benchmarks/results/searched_lists.json, sizes[2].searches"),
+    "searched_share": (4.937, "whole indices", "benchmarks/results/searched_lists.json, sizes[2].searched_share"),
     "shard_bytes_per_text_byte": (4.0, "copies", "operators/shard_builder.py, operators/artifact/list_run.py"),
     "shard_bytes_per_vector_byte": (
         3.0,

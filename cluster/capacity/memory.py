@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from cluster.capacity.workload import Workload
+from cluster.capacity.workload import HASHES_PER_PASS, Workload
 
-HASHES_PER_PASS = 50_000_000  # operators/row_ids.py
 PQ_TRAIN_POINTS = (10_240, 65_536)  # operators/trainer.py
 
 
@@ -51,8 +50,13 @@ def memory_peaks(work: Workload, c: Mapping[str, float]) -> list[MemoryPeak]:
         MemoryPeak("all stages", "driver", c["driver_bytes"] + records, False, "pieces"),
         MemoryPeak("encode pieces", "encoder", encoder, True, "piece, batch_tokens"),
         MemoryPeak("encode pieces", "task", base + together * (4 * piece_text + 2 * encoded), True, "piece"),
+        # One task has the records of all pieces, those of passes share them.
         MemoryPeak(
-            "number rows", "task", base + hashes * c["number_rows_bytes_per_hash"] + records, False, "documents"
+            "number rows",
+            "task",
+            base + hashes * c["number_rows_bytes_per_hash"] + (0.0 if work.num_passes > 1 else records),
+            work.num_passes > 1,
+            "documents",
         ),
         MemoryPeak("draw samples", "task", base + 2 * encoded + sample, True, "piece, train_points"),
         MemoryPeak("train quantizer", "task", base + train, False, "train_points"),

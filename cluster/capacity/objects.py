@@ -14,6 +14,7 @@ BLOCK_BYTES = 64 << 10  # of a checksum (operators/storage/checked.py)
 CHECKSUM_BYTES = 16 / 3  # base64 of 4 bytes
 EXACT_KEPT, EXACT_ENTRY = 64, 12  # neighbours of a query, and bytes of each (operators/artifact/exact_neighbours.py)
 QUERIES_PER_PIECE = 32
+GROUP_ROWS, MOST_GROUPS = 1 << 20, 512  # of the scan for exact neighbours (operators/artifact/part_scan.py)
 VECTORS_HEADER, LISTS_HEADER = 128, 32
 PUBLISHED = (
     "inverted lists",
@@ -74,6 +75,14 @@ def num_parts(work: Workload, c: Mapping[str, float]) -> int:
     """Parts of about index.part_bytes, of whole lists (pipelines/index_build.py part_ranges)."""
     entries = encoded_bytes(work, c) + work.corpus.num_vectors * (work.sizes.code_size + 8)
     return min(work.sizes.nlist, max(1, math.ceil(entries / work.index.part_bytes)))
+
+
+def num_scans(work: Workload, c: Mapping[str, float]) -> int:
+    """Tasks that scan all vectors; 0: the task that searches does (pipelines/recall.py scan_in_tasks)."""
+    vectors, parts = work.corpus.num_vectors, num_parts(work, c)
+    of_part = vectors / parts
+    groups = math.ceil(parts / max(1.0, max(GROUP_ROWS, vectors / MOST_GROUPS) // of_part))
+    return groups if groups > 1 else 0
 
 
 def _runs_bytes(

@@ -10,10 +10,10 @@ import heapq
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from cluster.capacity.objects import encoded_bytes, num_parts
-from cluster.capacity.storage_requests import stage_requests
+from cluster.capacity.objects import encoded_bytes, num_parts, num_scans, object_bytes
+from cluster.capacity.storage_requests import scan_reads, search_reads, stage_requests
 from cluster.capacity.workload import Workload
 from operators.piece_store import READ_AHEAD
 
@@ -24,20 +24,25 @@ MAX_EXACT_LISTS = 1024
 GROUP_ITERATIONS = 6
 PQ_TRAIN_POINTS = (10_240, 65_536)  # operators/trainer.py
 REENCODED_ENTRIES = 2_048  # of each part (operators/artifact/verifier.py)
-HASHES_PER_PASS = 50_000_000  # operators/row_ids.py
 QUERIES_PER_PIECE, QUERY_TOKENS = 32, 14  # operators/query_sample.py: 450 tokens a piece
-RECORD_READERS = 16  # threads of the driver that read footers and records
+RECORD_READERS = (
+    16  # threads of the driver that read footers and records; of an index that opens parts and gathers vectors
+)
 LENGTHS = (16, 32, 64, 128, 256)  # tokens of a chunk at which encoding is measured
 MAKESPAN_PIECES = 20_000  # beyond, the last piece hardly counts
 
 
 @dataclass(frozen=True)
 class StageTime:
-    """Seconds of a stage; `parts`: what it would take if it were alone, by what limits it. The largest binds."""
+    """Seconds of a stage; `parts`: what it would take if it were alone, by what limits it. The largest binds.
+
+    single_task_s: how long one task of it runs while no other does, whatever the number of nodes.
+    """
 
     name: str
     seconds: float
     parts: dict[str, float] = field(default_factory=dict)
+    single_task_s: float = 0.0
 
     @property
     def binds(self) -> str:
@@ -123,13 +128,18 @@ def _serial(work: Workload, c: Mapping[str, float], stage: str, seconds: float, 
 
 def _tasks(work: Workload, c: Mapping[str, float], stage: str, num_tasks: int, cpu_s: float) -> StageTime:
     """`cpu_s` of work in equal tasks, one a slot: no faster than the rounds that they take, nor than the cores."""
+    compute = _spread_s(work, num_tasks, cpu_s)
+    waits = _latency_s(work, c, stage, min(num_tasks, work.fleet.num_slots))
+    return StageTime(stage, _fixed(c, stage) + compute + waits, {"CPU cores": compute, "storage requests": waits})
+
+
+def _spread_s(work: Workload, num_tasks: int, cpu_s: float) -> float:
+    """Seconds of so much work in equal tasks."""
     slots = work.fleet.num_slots
     at_once = min(num_tasks, slots)
     each = cpu_s / num_tasks
     rounds = math.ceil(num_tasks / slots) if num_tasks < 8 * slots else num_tasks / slots
-    compute = max(each * rounds * at_once / min(at_once, work.fleet.num_cores), cpu_s / work.fleet.num_cores)
-    waits = _latency_s(work, c, stage, at_once)
-    return StageTime(stage, _fixed(c, stage) + compute + waits, {"CPU cores": compute, "storage requests": waits})
+    return max(each * rounds * at_once / min(at_once, work.fleet.num_cores), cpu_s / work.fleet.num_cores)
 
 
 def _pieces(work: Workload, c: Mapping[str, float], name: str) -> float:
@@ -194,9 +204,16 @@ def _makespan(work: Workload, total_s: float, servers: int) -> float:
 
 
 def _number_rows(work: Workload, c: Mapping[str, float]) -> StageTime:
-    """One task reads two columns of every piece in each pass, before that the driver every record."""
-    passes = math.ceil(work.corpus.num_docs / HASHES_PER_PASS)
-    return _serial(work, c, "number rows", passes * _pieces(work, c, "number"), READ_AHEAD)
+    """One task, or a round of tasks that read the pieces and one of passes (pipelines/numbering.py)."""
+    read = _pieces(work, c, "number")
+    if work.num_passes == 1:
+        one = _serial(work, c, "number rows", read, READ_AHEAD)
+        return replace(one, single_task_s=one.seconds)
+    passes = _spread_s(work, work.num_passes, work.corpus.num_docs * c["pass_s_per_hash"])
+    compute = _spread_s(work, work.num_hash_runs, read) + passes
+    waits = _latency_s(work, c, "number rows", min(work.num_passes, work.fleet.num_slots))
+    parts = {"CPU cores": compute, "storage requests": waits}
+    return StageTime("number rows", _fixed(c, "number rows") + compute + waits, parts)
 
 
 def _train(work: Workload, c: Mapping[str, float]) -> StageTime:
@@ -214,7 +231,8 @@ def _train(work: Workload, c: Mapping[str, float]) -> StageTime:
     compute = (coarse + codebooks) / threads
     waits = _latency_s(work, c, "train quantizer", READ_AHEAD)
     parts = {"one node's cores": compute, "storage requests": waits}
-    return StageTime("train quantizer", _fixed(c, "train quantizer") + compute + waits, parts)
+    seconds = _fixed(c, "train quantizer") + compute + waits
+    return StageTime("train quantizer", seconds, parts, seconds)
 
 
 def _codes_s(work: Workload, c: Mapping[str, float]) -> float:
@@ -252,22 +270,34 @@ def _verify(work: Workload, c: Mapping[str, float]) -> StageTime:
     rows += sampled * assign_s(work, c, two_level=work.index.assign_share < 1)
     found = _tasks(work, c, "verify", parts, rows)
     check = corpus.num_docs * c["check_s_per_doc"]
-    return StageTime("verify", found.seconds + check, {**found.parts, "one task": check})
+    return StageTime("verify", found.seconds + check, {**found.parts, "one task": check}, check)
 
 
 def _recall(work: Workload, c: Mapping[str, float]) -> StageTime:
-    """One task compares every query with every vector, then searches until recall is met (pipelines/recall.py).
+    """Every query is compared with every vector, in tasks over parts; one task searches until recall is met (pipelines/recall.py).
 
-    How much of the index the searches scan is measured on a tiny one; a large one needs a smaller share, so this errs high.
+    How often the searches scan the whole index was measured at up to 1,024 lists (benchmarks/searched_lists.py).
     """
-    queries, vectors = min(work.index.query_sample, work.corpus.num_vectors), work.corpus.num_vectors
-    scan = vectors * work.model.d * queries * c["exact_search_s_per_row_dim_query"] / work.threads_per_worker
-    searches = queries * vectors * c["searched_share"] * work.sizes.code_size * c["search_s_per_code_byte"]
-    searches /= work.threads_per_worker
-    found = _serial(work, c, "measure recall", scan + searches)
+    corpus, queries = work.corpus, min(work.index.query_sample, work.corpus.num_vectors)
+    scan = corpus.num_vectors * work.model.d * queries * c["exact_search_s_per_row_dim_query"]
+    searches = queries * corpus.num_vectors * c["searched_share"] * work.sizes.code_size * c["search_s_per_code_byte"]
+    scans = num_scans(work, c)
+    cores = work.fleet.cpus_per_node
+    searches /= min(work.index.train_threads or cores, cores, queries) if scans else work.threads_per_worker
+    scan = _spread_s(work, scans, scan) if scans else scan / work.threads_per_worker
+    scan_waits = waits = moved = copied = 0.0
+    if work.on_s3:
+        sizes = object_bytes(work, c)
+        scan_waits = scan_reads(work, c) * c["storage_get_s"] / max(1, min(scans, work.fleet.num_slots))
+        moved = sizes["vectors for refinement"] / work.fleet.num_nodes / c["storage_bytes_per_s"]
+        waits = search_reads(work, c) * c["storage_get_s"] / RECORD_READERS + c["storage_put_s"]
+        copied = sizes["inverted lists"] / c["storage_bytes_per_s"]
+    alone = searches + waits + copied + (0.0 if scans else scan + moved)
     parts = {
-        "exact search, one task": scan,
-        "searches, one task": searches,
-        "storage requests": found.parts["storage requests"],
+        "exact search on all cores" if scans else "exact search, one task": scan,
+        "searches on one node's cores" if scans else "searches, one task": searches,
+        "storage requests": scan_waits,
+        "storage requests, one task": waits,
+        "network": moved + copied,
     }
-    return StageTime("measure recall", found.seconds, parts)
+    return StageTime("measure recall", _fixed(c, "measure recall") + sum(parts.values()), parts, alone)

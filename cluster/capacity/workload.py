@@ -18,6 +18,7 @@ from operators.index_config import IndexConfig, IndexSizes, resolve_sizes
 from operators.sources.read_config import ReadConfig
 
 TABLE_DOCUMENTS = 1_000_000  # of one table of the ledger (pipelines/index_build.py)
+HASHES_PER_PASS, DOCUMENTS_PER_RUN = 10_000_000, 1_000_000  # pipelines/numbering.py
 
 
 @dataclass(frozen=True)
@@ -191,5 +192,19 @@ class Workload:
     @property
     def num_tables(self) -> int:
         """Tables of the ledger."""
+        return self._groups_of(TABLE_DOCUMENTS)
+
+    @property
+    def num_passes(self) -> int:
+        """Passes over the ids' hashes; 1: one task does all (pipelines/numbering.py number_rows)."""
+        return math.ceil(self.corpus.num_docs / HASHES_PER_PASS)
+
+    @property
+    def num_hash_runs(self) -> int:
+        """Runs that the passes read from: none where there is one pass."""
+        return self._groups_of(DOCUMENTS_PER_RUN) if self.num_passes > 1 else 0
+
+    def _groups_of(self, documents: int) -> int:
+        """Groups of consecutive pieces (pipelines/numbering.py consecutive)."""
         per_piece = self.corpus.num_docs / self.num_pieces
-        return max(1, math.ceil(self.num_pieces / max(1, TABLE_DOCUMENTS // per_piece)))
+        return max(1, math.ceil(self.num_pieces / max(1, documents // per_piece)))

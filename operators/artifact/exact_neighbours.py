@@ -13,8 +13,9 @@ import pyarrow as pa
 
 from operators import schemas
 from operators.artifact.deletions import live_rows
-from operators.artifact.index import Index
+from operators.artifact.index import Index, Neighbours
 from operators.artifact.manifest import Manifest
+from operators.artifact.part_scan import Best
 from operators.piece_store import read_table, write_table
 from operators.storage.checked import ObjectEntry
 from operators.storage.store import Store
@@ -47,17 +48,25 @@ def read_exact(store: Store, entry: ObjectEntry) -> ExactNeighbours:
     return ExactNeighbours(row_ids, [np.array(scores, np.float32) for scores in table.column("scores").to_pylist()])
 
 
-def exact_neighbours(index: Index, queries_Qd: npt.NDArray[np.float32]) -> ExactNeighbours:
-    """By a scan of all live rows."""
-    found = index.exact_search(queries_Qd, KEPT)
+def exact_neighbours(index: Index, queries_Qd: npt.NDArray[np.float32], scanned: Best | None = None) -> ExactNeighbours:
+    """By a scan of all live rows; scanned: the KEPT best that scans of all groups of parts found."""
+    found = _found(index, queries_Qd, scanned, 0)
     return ExactNeighbours(list(found.row_ids_Qk), list(found.scores_Qk))
 
 
+def _found(index: Index, queries_Qd: npt.NDArray[np.float32], scanned: Best | None, from_row_id: int) -> Neighbours:
+    if scanned is None:
+        return index.exact_search(queries_Qd, KEPT, from_row_id=from_row_id)
+    scores, entries = scanned
+    return Neighbours(scores, index.row_ids_of(entries), entries)
+
+
 def exact_after_update(
-    index: Index, queries_Qd: npt.NDArray[np.float32], parent: Manifest, k: int
+    index: Index, queries_Qd: npt.NDArray[np.float32], parent: Manifest, k: int, scanned: Best | None = None
 ) -> ExactNeighbours | None:
     """From the parent's, what was deleted since, and a scan of the segments that the parent does not have.
 
+    scanned: the KEPT best that scans of all groups of those segments' parts found.
     None when rows of the parent are live again, or fewer than k neighbours of a query (or than there are rows) would be certain: then all rows have to be scanned.
     """
     store = index.store
@@ -67,7 +76,7 @@ def exact_after_update(
     live, before = live_rows(store, index.manifest), live_rows(store, parent)
     if (live[: len(before)] & ~before).any():  # rows that are live again may be in no list
         return None
-    new = index.exact_search(queries_Qd, KEPT, from_row_id=parent.next_row_id)
+    new = _found(index, queries_Qd, scanned, parent.next_row_id)
     row_ids, scores = [], []
     for query in range(len(queries_Qd)):
         survives = live[known.row_ids[query]]

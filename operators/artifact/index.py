@@ -29,7 +29,7 @@ from operators.artifact.joined_segments import (
     segments_to_join,
 )
 from operators.artifact.list_run import RunReader
-from operators.artifact.list_scanner import ListScanner
+from operators.artifact.list_scanner import ListScanner, Probes
 from operators.artifact.manifest import Manifest, PartRef, open_current, read_current, read_part_records
 from operators.artifact.mapped_segment import MappedSegment
 from operators.artifact.mapped_vectors import MappedVectors
@@ -78,11 +78,13 @@ class Index:
         joined_bytes: int = JOINED_BYTES,
         row_cache_bytes: int = ROW_CACHE_BYTES,
         copies: bool = False,
+        scan_threads: int = 0,
     ) -> None:
         """Open the version. joined_bytes: how much of small deltas is read into memory now, to be searched together.
 
         row_cache_bytes: of decoded rows that are kept. copies: of a remote root vectors and rows are fetched into the cache
-        now, too, and not read as they are needed.
+        now, too, and not read as they are needed. scan_threads: threads of faiss while it scans lists without a prefix, one a
+        query, so that they change no answer; 0: as many as it has when it is called, as for all else.
         """
         self.store = store
         self.manifest = manifest
@@ -122,6 +124,7 @@ class Index:
         loaded = [segment for segment in segments if isinstance(segment, LoadedSegment)]
         self._joined = JoinedSegments(loaded, manifest.nlist, self.quantizer.code_size) if loaded else None
         self._scanner = ListScanner(self.quantizer, self._mapped, self._joined)
+        self._scan_threads = scan_threads
         self._vectors = [
             None if part in in_memory else self._map_vectors(files, record.objects["vectors"], record.facts)
             for part, record in enumerate(records)
@@ -228,11 +231,24 @@ class Index:
             scores, entries = self._best_among(queries, k, nprobe, max(1, refine_factor), self.prefixes.entries(prefix))
         else:
             wanted = min(k * max(1, refine_factor), self.manifest.ntotal)
-            scores, entries = self._scanner.best(queries, self._scanner.probes(queries, nprobe), wanted)
+            scores, entries = self._best(queries, self._scanner.probes(queries, nprobe), wanted)
             if refine_factor:
                 scores, entries = self._refine(queries, entries, k)
             k = min(k, wanted)
         return scores[:, :k], entries[:, :k]
+
+    def _best(self, queries: np.ndarray, probes: Probes, wanted: int) -> tuple[np.ndarray, np.ndarray]:
+        """What the scanner finds. Which lists are probed is found before, by products that may round otherwise on more threads."""
+        if not self._scan_threads:
+            return self._scanner.best(queries, probes, wanted)
+        import faiss
+
+        before = faiss.omp_get_max_threads()
+        faiss.omp_set_num_threads(self._scan_threads)
+        try:
+            return self._scanner.best(queries, probes, wanted)
+        finally:
+            faiss.omp_set_num_threads(before)
 
     def _best_among(
         self, queries: np.ndarray, k: int, nprobe: int, refine_factor: int, among: Ints
@@ -308,16 +324,30 @@ class Index:
         if self._joined is not None and len(elsewhere) < len(place):
             here = np.flatnonzero(place >= 0)
             out[here] = score_pairs(queries_Qd, query_P[here], self._joined.vectors_Jd, place[here], metric=metric)
-        for number, places, local in self._by_part(entries_P[elsewhere]):
+        by_part = list(self._by_part(entries_P[elsewhere]))
+        gathered = self._gathered([(number, local) for number, _, local in by_part if self._vectors[number] is None])
+        for number, places, local in by_part:
             pairs, mapped = elsewhere[places], self._vectors[number]
             if mapped is not None:
                 mapped.check(local)
                 out[pairs] = score_pairs(queries_Qd, query_P[pairs], mapped.vectors_nd, local, metric=metric)
             else:
-                unique, inverse = np.unique(local, return_inverse=True)
-                vectors = self.parts[number].gather_vectors(unique)
+                vectors, inverse = gathered[number]
                 out[pairs] = score_pairs(queries_Qd, query_P[pairs], vectors, inverse, metric=metric)
         return out
+
+    def _gathered(self, wanted: Sequence[tuple[int, Ints]]) -> dict[int, tuple[np.ndarray, npt.NDArray[np.intp]]]:
+        """Of remote parts the vectors of entries, each once, and which of them is whose. A read takes a request: parts are read at once."""
+
+        def gather(one: tuple[int, Ints]) -> tuple[int, tuple[np.ndarray, npt.NDArray[np.intp]]]:
+            number, local = one
+            unique, inverse = np.unique(local, return_inverse=True)
+            return number, (self.parts[number].gather_vectors(unique), inverse)
+
+        if len(wanted) < 2:
+            return dict(map(gather, wanted))
+        with ThreadPoolExecutor(OPENED_AT_ONCE) as pool:
+            return dict(pool.map(gather, wanted))
 
     def _by_part(self, entries: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """(part number, places in `entries`, entry numbers within the part) for entry numbers int64 [n]."""

@@ -43,7 +43,6 @@ PIECES, PIECE_ROWS = 64, 16  # of the tiny build
 FROM_BUILD = (
     "process_start_s",
     "search_s_per_code_byte",
-    "searched_share",
     "driver_bytes",
     "task_worker_bytes",
     "ray_bytes",

@@ -68,10 +68,8 @@ def watched_build(source: str, root: str, assignments: Sequence[str], started_at
     first, last = progress.done[0], progress.done[-1]
     manifest, store = result.manifest, open_store(root)
     exact = ObjectEntry.from_json(manifest.exact or {})
-    searched = sum(step["nprobe"] for step in manifest.quality["curve"])
     return {
         "search_s_per_code_byte": _search_s(Index(store, manifest)),
-        "searched_share": searched / manifest.nlist,
         "process_start_s": progress.first_stage_at - started_at,
         "stages": result.seconds,
         "first_piece_s": first[0] - progress.encode_began,

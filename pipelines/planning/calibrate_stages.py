@@ -27,8 +27,10 @@ from operators.artifact.manifest import Segment, part_ref
 from operators.artifact.quantizer import Quantizer
 from operators.cleaner import CleanConfig, Cleaner
 from operators.documents import TAKES_PART, Ledger, rows_of_documents, winners_of
+from operators.hash_runs import read_pass, write_hash_run
 from operators.piece_store import EncodedPiece, commit_piece
 from operators.query_sample import QUERIES_PER_PIECE, query_table
+from operators.row_ids import DocumentHashes, repeats
 from operators.shard_builder import PieceOfShard
 from operators.sources.listing import list_sources
 from operators.sources.pieces import Piece, plan_pieces
@@ -37,6 +39,7 @@ from operators.sources.readers import PieceReader
 from operators.storage.commits import CommitRecord
 from operators.storage.store import Store
 from pipelines import index_stages
+from pipelines.numbering import number_in_one_task
 from pipelines.planning.calibrate_bytes import small_objects, two_sizes
 from pipelines.planning.calibrate_encoder import rows_of
 
@@ -48,6 +51,7 @@ NUM_TEXTS = LONG * ROWS  # all different: what is repeated would be compressed a
 LISTS = 16  # so few that finding them costs nothing beside the rest
 QUERIES = 256
 LEDGER_DOCUMENTS = 200_000
+PASS_HASHES, PASS_RUNS = 2_000_000, 20  # of one pass over ids
 
 
 @dataclass(frozen=True)
@@ -183,6 +187,7 @@ def measure_stages(store: Store, texts: Sequence[str], d: int, M: int) -> dict[s
     found |= _merge_and_verify(store, quantizer, entry, shards, made)
     add("ledger", [least_s(partial(_write_documents, store, made[number], number)) for number in range(3)])
     found["check_s_per_doc"] = _ledger_check_s() / LEDGER_DOCUMENTS
+    found["pass_s_per_hash"] = pass_s(store) / PASS_HASHES
     return found | _sizes(store, made, shards, groups, trained, texts, d)
 
 
@@ -282,6 +287,27 @@ def _ledger_check_s() -> float:
     return least_s(check)
 
 
+def pass_s(store: Store) -> float:
+    """Seconds in which PASS_HASHES hashes are written, read again and compared, beside the reading of their pieces."""
+    rng = np.random.default_rng(7)
+    each = PASS_HASHES // PASS_RUNS
+    groups = [
+        DocumentHashes(
+            rng.integers(0, 1 << 63, (each, 1)).astype(np.uint64),
+            np.arange(each) + (number << 32),
+            np.ones(each, np.int32),
+        )
+        for number in range(PASS_RUNS)
+    ]
+
+    def once(repeat: int) -> None:
+        runs = [write_hash_run(store, f"hashes/{repeat}-{number}", one, 1) for number, one in enumerate(groups)]
+        again, _first = repeats(read_pass(store, runs, 0).words_NW)
+        assert not len(again), "made hashes must differ"
+
+    return least_s(once)
+
+
 def _read_s(store: Store, texts: Sequence[str], long_texts: Sequence[str]) -> list[float]:
     """Seconds to read and clean the rows from Parquet in few pieces, many pieces, and with long texts."""
     cleaner = Cleaner(CleanConfig())
@@ -304,7 +330,7 @@ def _read_pieces(reader: PieceReader, cleaner: Cleaner, pieces: Sequence[Piece],
 
 
 def _number_rows(store: Store, made: Made, _: int) -> None:
-    index_stages.number_rows(store.url, made.pieces, False)
+    number_in_one_task(store.url, made.pieces, False)
 
 
 def _group(made: Made) -> list[PieceOfShard]:

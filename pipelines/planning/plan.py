@@ -20,7 +20,7 @@ from cluster.capacity.storage_requests import stage_requests
 from cluster.capacity.workload import Workload
 from pipelines.config import RunConfig, load_config
 from pipelines.planning.plan_inputs import Asked, workload
-from pipelines.planning.plan_limits import SINGLE_TASKS, find_limits
+from pipelines.planning.plan_limits import find_limits
 
 MAX_PIECES = 100_000
 MIN_PIECES_PER_ENCODER = 20
@@ -100,7 +100,7 @@ def plan(
         _set_gpu_rate(coefficients, work, tokens_per_s_per_gpu)
     stages = stage_times(work, coefficients)
     if not as_given and "cluster.stall_timeout_s" not in named:
-        longest = max(stage.seconds for stage in stages if stage.name in (*SINGLE_TASKS, "verify"))
+        longest = max(stage.single_task_s for stage in stages)
         if STALL_MARGIN * longest > config.cluster.stall_timeout_s:
             settings["cluster.stall_timeout_s"] = float(math.ceil(STALL_MARGIN * longest / 900) * 900)
             config = load_config(None, (), {name: (value, "plan") for name, value in settings.items()}, given)

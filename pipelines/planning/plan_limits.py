@@ -8,9 +8,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pipelines.planning.plan import Planned
 
-# Stages that are one task, whatever the number of nodes.
-SINGLE_TASKS = ("number rows", "train quantizer", "measure recall")
-
 
 def find_limits(planned: Planned, deadline_s: float | None) -> list[str]:
     """What will not fit or will not be in time, the worst first, each with what to do."""
@@ -42,10 +39,10 @@ def find_limits(planned: Planned, deadline_s: float | None) -> list[str]:
         found.append(_deadline_text(planned, deadline_s))
     total = planned.seconds
     for stage in planned.stages:
-        if stage.name in SINGLE_TASKS and stage.seconds > 0.2 * total and stage.seconds > 600:
+        if stage.single_task_s > 0.2 * total and stage.single_task_s > 600:
             found.append(
-                f"ONE TASK: {stage.name} takes {stage.seconds / 3600:.1f} h of {total / 3600:.1f} h on one worker; more nodes do not"
-                f" help ({stage.binds})"
+                f"ONE TASK: {stage.name} has one worker at work for {stage.single_task_s / 3600:.1f} h of {total / 3600:.1f} h; more"
+                f" nodes do not help ({stage.binds})"
             )
     lists = planned.sizes["inverted lists"]
     if work.on_s3 and lists > 10e9:
@@ -58,7 +55,7 @@ def find_limits(planned: Planned, deadline_s: float | None) -> list[str]:
 def _deadline_text(planned: Planned, deadline_s: float) -> str:
     """What more nodes could do about it."""
     encode = next(stage for stage in planned.stages if stage.name == "encode pieces")
-    single = sum(stage.seconds for stage in planned.stages if stage.name in SINGLE_TASKS)
+    single = sum(stage.single_task_s for stage in planned.stages)
     shared = planned.seconds - single
     text = f"DEADLINE: {planned.seconds / 3600:.1f} h are more than {deadline_s / 3600:.1f} h"
     if single >= deadline_s:

@@ -8,13 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.capacity import memory, objects, stages, storage_requests
+from cluster.capacity import memory, objects, stages, storage_requests, workload
 from cluster.capacity.coefficients import HERE, Coefficient, Coefficients, measured
 from cluster.capacity.gpu_rates import CITED, cited_rate
 from cluster.capacity.memory import memory_peaks
@@ -28,14 +28,15 @@ from cluster.session import Session
 from cluster.stream import BLOCK_BYTES, pieces_per_task
 from kernels import kmeans
 from kernels import pq as kernels_pq
-from operators import query_sample, row_ids, trainer
-from operators.artifact import exact_neighbours, verifier
+from operators import query_sample, trainer
+from operators.artifact import exact_neighbours, index, part_scan, verifier
+from operators.artifact.manifest import Manifest, PartRef, Segment
 from operators.errors import ConfigError
 from operators.sources.listing import list_sources
 from operators.sources.pieces import plan_pieces
 from operators.sources.read_config import ReadConfig
 from operators.storage import checked, s3_store
-from pipelines import index_build
+from pipelines import index_build, numbering, recall
 from pipelines.index_build import group_pieces
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,8 +78,15 @@ def test_rows_of_training_are_those_of_the_kernels() -> None:
 
 
 def test_constants_are_those_of_the_code() -> None:
-    assert stages.HASHES_PER_PASS == storage_requests.HASHES_PER_PASS == row_ids.HASHES_PER_PASS
-    assert memory.HASHES_PER_PASS == row_ids.HASHES_PER_PASS
+    assert (workload.HASHES_PER_PASS, workload.DOCUMENTS_PER_RUN) == (
+        numbering.HASHES_PER_PASS,
+        numbering.DOCUMENTS_PER_RUN,
+    )
+    assert (objects.GROUP_ROWS, objects.MOST_GROUPS) == (part_scan.GROUP_ROWS, part_scan.MOST_GROUPS)
+    assert storage_requests.SCANNED_AT_ONCE == part_scan.BLOCK_ROWS
+    assert storage_requests.CACHE_BYTES == index.CACHE_BYTES
+    assert storage_requests.PROBE_RECALL_K == recall.PROBE_RECALL_K
+    assert stages.RECORD_READERS == index.OPENED_AT_ONCE
     assert memory.PQ_TRAIN_POINTS == trainer.PQ_TRAIN_POINTS
     assert stages.QUERIES_PER_PIECE == objects.QUERIES_PER_PIECE == query_sample.QUERIES_PER_PIECE
     assert stages.PQ_TRAIN_POINTS == trainer.PQ_TRAIN_POINTS
@@ -116,6 +124,40 @@ def test_pieces_are_as_many_as_the_reader_cuts(rows_of_group: int, tmp_path: Pat
     found = plan_pieces(list_sources([str(tmp_path)]).objects, read).pieces({})
     work = Workload(Corpus(rows, 20, 105), MINILM, Fleet(1, 2, 24e9), read)
     assert work.num_pieces == len(found)
+
+
+def test_hash_runs_and_scans_are_as_many_as_the_build_makes() -> None:
+    for num_docs in (10**6, 10**7, 10**7 + 1, 3 * 10**7, 10**9):
+        work, c = a_workload(num_docs, read=ReadConfig(piece_rows=16_384, piece_bytes=1 << 30)), known()
+        piece: Any = SimpleNamespace(facts={"num_docs": work.docs_per_piece})
+        runs = len(numbering.consecutive([piece] * work.num_pieces, numbering.DOCUMENTS_PER_RUN))
+        assert work.num_hash_runs == (runs if num_docs > numbering.HASHES_PER_PASS else 0)
+        num_parts = objects.num_parts(work, c)
+        ref = PartRef("", "", 0, 0, num_docs // num_parts, 0, [])
+        segment = Segment("base", 0, num_docs, [ref] * num_parts)
+        manifest = cast(Manifest, SimpleNamespace(segments=[segment]))
+        assert objects.num_scans(work, c) == pytest.approx(recall.count_scans(manifest), rel=0.02)
+
+
+def test_few_hashes_and_vectors_are_one_task_and_many_are_not() -> None:
+    c, fleet = known(), Fleet(8, 96, 1e12, is_local=False)
+    small, large = (a_workload(num_docs, fleet=fleet) for num_docs in (5 * 10**5, 10**9))
+    for name, stage in {stage.name: stage for stage in stage_times(small, c)}.items():
+        if name in ("number rows", "train quantizer", "measure recall"):
+            assert 0.9 * stage.seconds <= stage.single_task_s + 0.5, name
+    alone = {stage.name: stage.single_task_s for stage in stage_times(large, c)}
+    assert alone["number rows"] == 0
+    assert sum(alone.values()) < 3600
+
+
+def test_searches_are_those_that_were_measured() -> None:
+    found = json.loads((ROOT / "benchmarks/results/searched_lists.json").read_text())
+    c = measured()
+    last = found["sizes"][-1]
+    assert [a_workload(row["vectors"]).sizes.nlist for row in found["sizes"]] == [32, 128, 1024]
+    assert all(c["searched_share"] >= row["searched_share"] > 0.75 * c["searched_share"] for row in found["sizes"])
+    assert (c["searches"], c["searched_share"]) == (last["searches"], last["searched_share"])
+    assert c["refine_growth"] == last["refine_factor"] / a_workload(1).index.refine_factor
 
 
 def test_shards_tables_and_waves_are_as_many_as_the_build_makes() -> None:
@@ -159,8 +201,12 @@ def test_nothing_shrinks_as_the_corpus_grows() -> None:
             "reads": reads,
             "writes": writes,
             **{kind: size for kind, size in object_bytes(work, c).items() if kind != "merge waves"},
-            # A group's share of the sample is smaller where there are more groups.
-            **{f"{p.stage} {p.process}": p.size_bytes for p in memory_peaks(work, c) if p.stage != "draw samples"},
+            # A group's share of the sample is smaller where there are more groups; tasks of passes share the records.
+            **{
+                f"{p.stage} {p.process}": p.size_bytes
+                for p in memory_peaks(work, c)
+                if p.stage not in ("draw samples", "number rows")
+            },
         }
         smaller = [name for name, value in now.items() if value < 0.999 * before.get(name, 0.0)]
         assert not smaller, (num_docs, smaller)

@@ -22,6 +22,7 @@ def test_tasks_in_turn_return_in_order_and_keep_going_after_failures() -> None:
     done: list[int] = []
     checks: list[None] = []
     assert tasks_in_turn(_answer, [(1,), (0,)], check=lambda: checks.append(None)) == [10, 0]
+    assert tasks_in_turn(divmod, [(4,), (5,)], shared=(23,)) == [(5, 3), (4, 3)]
     assert len(checks) == 2
     with pytest.raises(SourceError, match=r"object 2 is damaged \(and 1 more failed: object 3 is damaged\)"):
         tasks_in_turn(_answer, [(2,), (0,), (3,), (1,)], on_done=lambda number, result: done.append(number))

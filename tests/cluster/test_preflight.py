@@ -54,6 +54,10 @@ def _answer(number: int) -> int:
     return number * 10
 
 
+def _divided(first: int, second: int) -> tuple[int, int]:
+    return divmod(first, second)
+
+
 def _die_once(flag: str) -> str:
     if not os.path.exists(flag):
         with open(flag, "w"):
@@ -68,6 +72,7 @@ def test_tasks_return_in_order_keep_going_after_failures_and_survive_a_dead_work
     with connect(ClusterConfig(address=ray_cluster)):
         done: list[int] = []
         assert run_tasks(_answer, [(0,), (1,), (5,)]) == [0, 10, 50]
+        assert run_tasks(_divided, [(4,), (5,)], shared=(23,)) == [(5, 3), (4, 3)]
         with pytest.raises(SourceError, match="object two is damaged .*1 more failed: object three"):
             run_tasks(_answer, [(2,), (0,), (3,), (1,)], on_done=lambda number, result: done.append(number))
         assert sorted(done) == [1, 3]

@@ -5,6 +5,7 @@ N rows, Q queries, d dimensions, k hits, M sub-quantizers.
 
 from __future__ import annotations
 
+import faiss
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -97,6 +98,27 @@ def test_deltas_and_deletions_search_like_a_plain_list_of_the_live_rows(base: Ve
     scores_QN = scores_of(queries, version.corpus.vectors_Nd[in_deltas], version.manifest.metric)
     found = index.exact_search(queries, K, from_row_id=first)
     assert np.array_equal(np.sort(found.row_ids_Qk), np.sort(in_deltas[np.argsort(-scores_QN)[:, :K]]))
+
+
+@pytest.mark.parametrize("joined_bytes", [MAPPED, JOINED])
+def test_threads_of_scans_change_no_answer(base: Version, joined_bytes: int) -> None:
+    rng = np.random.default_rng(6)
+    version = delete_rows(add_delta(base, 40, publish=False), rng.choice(300, 50).tolist(), publish=False)
+    for made in (base, version):
+        before = faiss.omp_get_max_threads()
+        found = [
+            Index(made.store, made.manifest, joined_bytes=joined_bytes, scan_threads=threads).search(
+                made.corpus.queries_Qd, K, nprobe=nprobe, refine_factor=refine
+            )
+            for nprobe in (3, made.manifest.nlist)
+            for refine in (0, 4)
+            for threads in (0, 1, 2, 3, 8)
+        ]
+        assert faiss.omp_get_max_threads() == before
+        for number, one in enumerate(found):
+            first = found[number - number % 5]
+            assert np.array_equal(one.entries_Qk, first.entries_Qk)
+            assert np.array_equal(one.scores_Qk.view(np.int32), first.scores_Qk.view(np.int32))
 
 
 @settings(max_examples=5, deadline=None)

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +19,7 @@ from operators.piece_store import doc_hashes, kept_mask
 from operators.row_ids import RowIds, assign_row_ids, duplicate_lines
 from operators.storage.commits import CommitRecord
 from operators.storage.store import Store, open_store
+from pipelines.numbering import number_rows
 from tests.artifact_maker import commit_table, encoded_table
 
 Docs = Sequence[tuple[str, str, int]]  # (doc_id, text, number of chunks) of a piece's documents
@@ -34,6 +39,17 @@ def commit_docs(store: Store, pieces: Sequence[Docs]) -> list[CommitRecord]:
         table = table.set_column(table.schema.get_field_index("text_hash"), field, pa.array(hashes, field.type))
         records.append(commit_table(store, f"{number:04d}", table))
     return records
+
+
+def same_rows(one: RowIds, other: RowIds) -> bool:
+    """Whether they agree to the bit, types included."""
+    ours, theirs = dataclasses.asdict(one), dataclasses.asdict(other)
+    duplicates, others = ours.pop("duplicates"), theirs.pop("duplicates")
+    equal = [
+        np.array_equal(duplicates[name], others[name]) and duplicates[name].dtype == others[name].dtype
+        for name in others
+    ]
+    return repr(ours) == repr(theirs) and all(equal)
 
 
 def lines_of(store: Store, records: Sequence[CommitRecord], rows: RowIds) -> list[dict[str, object]]:
@@ -73,12 +89,37 @@ def first_come(
     return counts, dropped, rejects
 
 
+def in_tasks(
+    store: Store, records: Sequence[CommitRecord], hashes_per_pass: int, *, drop_equal_texts: bool, num_tasks: list[int]
+) -> RowIds:
+    """As a build numbers rows, its tasks one after the other, in groups of at most 7 documents; num_tasks: how many they were."""
+
+    def tasks(function: Any, calls: list[tuple[Any, ...]], *, shared: Sequence[Any] = ()) -> list[Any]:
+        given = pickle.dumps(shared)  # as it comes to another process
+        return [function(*pickle.loads(given), *call) for call in calls]
+
+    context: Any = SimpleNamespace(
+        store=store,
+        config=SimpleNamespace(clean=SimpleNamespace(duplicates="drop" if drop_equal_texts else "keep")),
+        run=SimpleNamespace(prefix="runs/r"),
+        progress=SimpleNamespace(stage=lambda name, total: num_tasks.append(total)),
+        tasks=tasks,
+    )
+    return number_rows(context, records, hashes_per_pass=hashes_per_pass, documents_per_run=7)
+
+
 def check(
     store: Store, pieces: Sequence[Docs], hashes_per_pass: int = 1000, *, drop_equal_texts: bool = False
 ) -> RowIds:
-    """Compares the row ids of the pieces with `first_come`."""
+    """Compares the row ids of the pieces with `first_come`, in one task and as a build of such passes does."""
     records = commit_docs(store, pieces)
-    rows = assign_row_ids(store, records, hashes_per_pass, drop_equal_texts=drop_equal_texts)
+    rows = assign_row_ids(store, records, drop_equal_texts=drop_equal_texts)
+    num_tasks: list[int] = []
+    of_tasks = in_tasks(store, records, hashes_per_pass, drop_equal_texts=drop_equal_texts, num_tasks=num_tasks)
+    assert same_rows(of_tasks, rows)
+    assert not list(store.list_keys("runs/r"))
+    words = sum(len(docs) for docs in pieces) * (2 if drop_equal_texts else 1)
+    assert (num_tasks == [1]) == (words <= hashes_per_pass)
     counts, dropped, rejects = first_come(pieces, drop_equal_texts)
     assert rows.counts == counts
     assert rows.bases == [sum(counts[:i]) for i in range(len(counts))]
@@ -180,3 +221,8 @@ def test_dropping_a_document_drops_all_its_chunks() -> None:
     chunk_no = np.array([0, 1, 0, 0, 1, 2], np.int32)
     assert kept_mask(chunk_no, []).tolist() == [True] * 6
     assert kept_mask(chunk_no, [0, 2]).tolist() == [False, False, True, False, False, False]
+
+
+def test_rows_of_a_corpus_in_a_bucket_are_numbered_in_passes(bucket: str) -> None:
+    pieces = [[("a", "x", 2), ("b", "y", 1)], [], [("a", "z", 1)], [("c", "y", 3), ("d", "w", 1)]]
+    check(open_store(f"{bucket}/root"), pieces, hashes_per_pass=2, drop_equal_texts=True)
