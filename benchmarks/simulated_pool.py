@@ -31,7 +31,9 @@ from operators.sources.read_config import ReadConfig
 
 STALL_TIMEOUT_S = 300.0
 STAGES = ("read", "chunk", "encode", "commit")
-TASK_SLOTS = 4  # CPU slots beside those of the encoders: Ray Data keeps up to half of them for commits, so two read, as many as there are cores
+# CPU slots beside those of the encoders. Ray Data keeps up to half of them for commits, so two are for reading, as many as the
+# machine that this was written on has cores.
+TASK_SLOTS = 4
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,9 @@ def _stage_cpu(results: list[PieceResult]) -> dict[str, float]:
     for stage in STAGES:
         calls: dict[str, list[tuple[float, float]]] = {}
         for result in blocks:
-            if stage not in result.facts[CPU_S]:  # the last block is smaller: encoders may get it with a part of another
+            if (
+                stage not in result.facts[CPU_S]
+            ):  # the last block is smaller: encoders may get it with a part of another
                 continue
             own, so_far = result.facts[CPU_S][stage]
             calls.setdefault(span_of(result, stage).worker, []).append((so_far, own))
