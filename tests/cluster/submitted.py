@@ -13,6 +13,7 @@ from pathlib import Path
 
 from cluster.job_log import JobEnd, follow
 from cluster.jobs import Jobs
+from operators.storage.store import open_store
 from tests.cluster.ray_nodes import RayNodes
 from tests.faults.running import Running
 
@@ -69,6 +70,16 @@ def lose_node_of_stopped_worker(nodes: RayNodes, job: Running) -> None:
         time.sleep(POLL_S)
     nodes.kill(next(iter(found)))
     threading.Thread(target=_wake, args=(nodes, job), daemon=True).start()
+
+
+def wait_for_piece(root: str, job: Running) -> None:
+    """Until the job has committed a piece, which another one can go on with."""
+    deadline = time.monotonic() + STOP_TIMEOUT_S
+    store = open_store(root)
+    while not any("/pieces/" in key and key.endswith(".json") for key in store.list_keys("runs")):
+        assert job.returncode is None, f"the job ended before it committed anything: {job.stderr}"
+        assert time.monotonic() < deadline, f"nothing was committed: {job.stderr}"
+        time.sleep(POLL_S)
 
 
 def _wake(nodes: RayNodes, job: Running) -> None:

@@ -21,7 +21,7 @@ from operators.storage.store import open_store
 from pipelines.commands.jobs_output import job_facts
 from pipelines.demo_corpus import collect_documents
 from tests.cluster.ray_nodes import RayNodes
-from tests.cluster.submitted import SleepingPool, lose_node_of_stopped_worker, submit
+from tests.cluster.submitted import SleepingPool, lose_node_of_stopped_worker, submit, wait_for_piece
 from tests.pipelines.build_corpus import build_arguments, build_json, run_cli, write_corpus
 
 # Ray 2.60's client of the Jobs API, as the websocket library that it uses sees it.
@@ -66,6 +66,7 @@ def story(ray_nodes: RayNodes, s3: str, corpora: tuple[Path, Path]) -> Story:
     ray_nodes.only("one", "two")
     with submit(ray_nodes, *words, options=_stop_at("piece.before_record:1")) as first:
         lose_node_of_stopped_worker(ray_nodes, first)  # in the encoding stage: a piece is encoded, and not committed
+        wait_for_piece(root, first)
         ray_nodes.only("one", "two")
         with submit(ray_nodes, *words, options=_stop_at("part.before_record:1")) as second:
             assert first.wait(END_TIMEOUT_S), first.dump()
