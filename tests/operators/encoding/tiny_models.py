@@ -7,6 +7,7 @@ wrong position or a neighbour that is seen moves a vector far beyond rounding.
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,9 @@ def quiet() -> Iterator[None]:
 
 
 def tokenizer_of(kind: str, template: str, *, lower_case: bool = True) -> Tokenizer:
-    """A trained tokenizer: "wordpiece", "unigram" or "bpe" (of bytes). template: such as "<s> $A </s>".
+    """A tokenizer of TEXTS: "wordpiece", "unigram" or "bpe" (of bytes). template: such as "<s> $A </s>".
+
+    "wordpiece" and "bpe" are the same in every process; the trainer of "unigram" adds up in the order of a hash table.
 
     Ids 0..4 are those of SPECIAL in its order, except that RoBERTa's order (<s>, <pad>, </s>) is had by "bpe" and
     "unigram", for pad_token_id 1.
@@ -71,7 +74,8 @@ def tokenizer_of(kind: str, template: str, *, lower_case: bool = True) -> Tokeni
         tokenizer = Tokenizer(models.WordPiece(unk_token=SPECIAL["unk"]))
         tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lower_case)
         tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        trainer = trainers.WordPieceTrainer(vocab_size=400, special_tokens=special, show_progress=False)
+        tokenizer.model = models.WordPiece(_pieces(tokenizer, special), unk_token=SPECIAL["unk"])
+        tokenizer.add_special_tokens(special)
     elif kind == "unigram":
         tokenizer = Tokenizer(models.Unigram())
         tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")])
@@ -79,6 +83,7 @@ def tokenizer_of(kind: str, template: str, *, lower_case: bool = True) -> Tokeni
         trainer = trainers.UnigramTrainer(
             vocab_size=400, special_tokens=special, unk_token=SPECIAL["unk"], show_progress=False
         )
+        tokenizer.train_from_iterator(TEXTS, trainer)
     else:
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -89,12 +94,27 @@ def tokenizer_of(kind: str, template: str, *, lower_case: bool = True) -> Tokeni
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-    tokenizer.train_from_iterator(TEXTS, trainer)
+        tokenizer.train_from_iterator(TEXTS, trainer)
     used = [(token, tokenizer.token_to_id(token)) for token in template.split() if token.startswith("<")]
     if used:
         pair = f"{template} {template.replace('$A', '$B')}"
         tokenizer.post_processor = processors.TemplateProcessing(single=template, pair=pair, special_tokens=used)
     return tokenizer
+
+
+def _pieces(tokenizer: Tokenizer, special: list[str]) -> dict[str, int]:
+    """Vocabulary of a WordPiece model: all characters, as the first of a word and within one, then whole words, frequent first.
+
+    Not by tokenizers' trainer, whose merges follow a hash table where counts are equal: another vocabulary in each process.
+    """
+    counts: Counter[str] = Counter()
+    for text in TEXTS:
+        normal = tokenizer.normalizer.normalize_str(text)
+        counts.update(word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(normal))
+    letters = sorted({letter for word in counts for letter in word})
+    words = sorted((word for word in counts if len(word) > 1), key=lambda word: (-counts[word], word))
+    pieces = [*special, *letters, *(f"##{letter}" for letter in letters), *words]
+    return {piece: number for number, piece in enumerate(pieces[:500])}
 
 
 def randomize(module: torch.nn.Module, seed: int = 0) -> None:
