@@ -89,7 +89,8 @@ def best_of(
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
     """The k best of scored candidates, best first, in min(k, C) columns. Ties go to the lowest row; where it is -1, the score is -inf."""
     order = np.lexsort((row_QC, -scores_QC), axis=-1)[:, :k]
-    return np.take_along_axis(scores_QC, order, 1), np.take_along_axis(row_QC, order, 1)
+    row = np.arange(len(order))[:, None]
+    return scores_QC[row, order], row_QC[row, order]
 
 
 def _check(queries_QD: npt.NDArray[np.float32], rows_ND: npt.NDArray[Any], metric: str) -> None:

@@ -73,13 +73,18 @@ def merge_topk(lists: Sequence[tuple[Float32Array, Int64Array]], k: int) -> tupl
         raise ValueError(f"scores and ids must have one shape, got {scores.shape} and {ids.shape}")
     if np.isnan(scores).any():
         raise ValueError(f"scores must be numbers: query {int(np.argwhere(np.isnan(scores))[0, 0])} has a NaN")
-    missing = max(0, k - scores.shape[1])
-    scores = np.pad(scores, ((0, 0), (0, missing)), constant_values=-np.inf)
-    ids = np.pad(ids, ((0, 0), (0, missing)), constant_values=-1)
+    if scores.shape[1] < k:
+        missing = (len(scores), k - scores.shape[1])
+        scores = np.concatenate([scores, np.full(missing, -np.inf, np.float32)], axis=1)
+        ids = np.concatenate([ids, np.full(missing, -1, np.int64)], axis=1)
     absent = ids < 0
-    scores = np.where(absent, np.float32(-np.inf), scores)
-    order = np.lexsort((np.where(absent, np.iinfo(np.int64).max, ids), -scores), axis=1)[:, :k]
-    return np.take_along_axis(scores, order, axis=1), np.take_along_axis(ids, order, axis=1)
+    if absent.any():
+        scores = np.where(absent, np.float32(-np.inf), scores)
+        order = np.lexsort((np.where(absent, np.iinfo(np.int64).max, ids), -scores), axis=1)[:, :k]
+    else:
+        order = np.lexsort((ids, -scores), axis=1)[:, :k]
+    row = np.arange(len(scores))[:, None]
+    return scores[row, order], ids[row, order]
 
 
 def exact_search(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -41,8 +42,10 @@ _TEST_TOLERANCE = 1e-3
 # Parts of a batch run side by side, each on a thread of its own, which beats a batch on all threads: nothing waits for
 # the slowest thread after each operation. Smaller ones would read the weights and interpret the model more often.
 _BLOCK_TOKENS = 2048
-# oneDNN compiles a product for each new number of rows: few of them differ.
-_ROW_MULTIPLE = 16
+# oneDNN compiles a product for each new number of rows: few of them differ. Where there are few rows, those that are added
+# count: (up to so many tokens, multiple of so many rows).
+_ROW_MULTIPLES = ((64, 4), (128, 8))
+_ROW_MULTIPLE = 16  # beyond
 
 
 class ForwardPass:
@@ -104,6 +107,19 @@ class ForwardPass:
             return self._block(flat_T, offsets, *blocks[0])
         return torch.cat(_side_by_side(lambda block: self._block(flat_T, offsets, *block), blocks))
 
+    def warm(self, most_tokens: int, within_s: float) -> None:
+        """Have products compiled for batches of up to so many tokens, the smallest first, as long as time is left.
+
+        What is not takes a few milliseconds longer the first time that a batch of its size comes.
+        """
+        if self._device.type != "cpu" or self.attention != "packed":
+            return
+        until = time.monotonic() + within_s
+        for num_rows in sorted({size + -size % _row_multiple(size) for size in range(1, most_tokens + 1)}):
+            if time.monotonic() > until:
+                return
+            self(*self._random_batch([min(16, num_rows - begin) for begin in range(0, num_rows, 16)]))
+
     def _block(self, flat_T: Ints, offsets: Ints, first: int, last: int) -> torch.Tensor:
         """The states of sequences first..last - 1."""
         ids_T, own = flat_T[offsets[first] : offsets[last]], offsets[first : last + 1] - offsets[first]
@@ -129,7 +145,7 @@ class ForwardPass:
 
     def _packed(self, flat_T: Ints, offsets: Ints) -> torch.Tensor:
         num_tokens = len(flat_T)
-        if self._device.type == "cpu" and (extra := -num_tokens % _ROW_MULTIPLE):
+        if self._device.type == "cpu" and (extra := -num_tokens % _row_multiple(num_tokens)):
             flat_T = np.append(flat_T, np.full(extra, self._pad_id))
             offsets = np.append(offsets, num_tokens + extra)
         segments = packed_attention.Segments.of(offsets, self._device)
@@ -205,6 +221,10 @@ def _blocks(offsets: Ints) -> list[tuple[int, int]]:
     cuts = np.searchsorted(offsets, np.arange(1, num_blocks) * int(offsets[-1]) / num_blocks)
     bounds = np.unique([0, *cuts, len(offsets) - 1])
     return [(int(a), int(b)) for a, b in itertools.pairwise(bounds)]
+
+
+def _row_multiple(num_tokens: int) -> int:
+    return next((multiple for most, multiple in _ROW_MULTIPLES if num_tokens <= most), _ROW_MULTIPLE)
 
 
 def _side_by_side(

@@ -87,6 +87,12 @@ class TextEncoder:
         self.attention, self.attention_reason = forward.attention, forward.attention_reason
         self._forward = forward
 
+    def warm(self, most_tokens: int, within_s: float) -> None:
+        """`setup`, and all that the first batches of up to so many tokens would wait for, as long as time is left."""
+        self.encode_queries(["how does a search begin"])
+        assert self._forward is not None
+        self._forward.warm(most_tokens, within_s)
+
     def encode_queries(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
         """[N, D] float32 vectors of queries, each with the query prompt before it."""
         return self._encode(texts, self.spec.query_prompt, 0)

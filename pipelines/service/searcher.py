@@ -32,7 +32,7 @@ from pipelines.service.search_request import SearchRequest
 from pipelines.service.settings import ServiceSettings
 
 WARM_QUERIES = 64
-WARM_TEXT = "how does a search begin"
+WARM_TOKENS, WARM_ENCODER_S = 512, 3.0  # batches of queries up to so many tokens, within so many seconds
 POINTS_EVERY_S = 15.0  # operating points may be measured after the version was opened
 RETRY_S = 30.0  # a version that could not be opened is tried again
 
@@ -149,6 +149,7 @@ class OpenVersion:
     def warm(self) -> None:
         """Read the index and search a few of the stored queries, so that the first request finds all in memory."""
         self.index.warm(self._settings.warm_bytes)
+        self.index.row_groups.warm(WITH_TEXT)
         table = read_table(self.index.store, ObjectEntry.from_json(self.manifest.queries), ["vector"])
         vectors = np.array(table.column("vector").to_pylist()[:WARM_QUERIES], np.float32).reshape(-1, self.d)
         if len(vectors) and self.manifest.ntotal:
@@ -230,7 +231,7 @@ class Searcher:
         name = repr((manifest.model["fingerprint"], sorted(manifest.config["encode"].items(), key=str)))
         if self._encoder is None or self._encoder[0] != name:
             encoder = corpus_encoder(manifest, self.settings.model, threads=self.settings.threads)
-            encoder.encode_queries([WARM_TEXT])
+            encoder.warm(WARM_TOKENS, WARM_ENCODER_S)
             self._encoder = name, encoder
         return self._encoder[1]
 

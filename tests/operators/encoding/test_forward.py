@@ -204,6 +204,30 @@ def test_the_same_batch_gives_the_same_bits(folder: Callable[[str], Path]) -> No
         assert torch.equal(model(ids, offsets), model(ids, offsets))
 
 
+def test_small_batches_are_padded_by_few_rows_and_warming_takes_every_size(
+    folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = ForwardPass(folder("bert"))
+    seen: list[int] = []
+
+    def note(module: torch.nn.Module, arguments: tuple[object, ...], keywords: dict[str, torch.Tensor]) -> None:
+        seen.append(keywords["input_ids"].shape[1])
+
+    forward._model.register_forward_pre_hook(note, with_kwargs=True)
+    for num_tokens in range(1, 200):
+        forward(np.full(num_tokens, 7), np.array([0, *range(40, num_tokens, 40), num_tokens]))
+    added = np.array(seen) - np.arange(1, 200)
+    assert added.min() == 0
+    assert (added[:64].max(), added[64:128].max(), added[128:].max()) == (3, 7, 15)
+    asked = set(seen)
+    seen.clear()
+    forward.warm(199, 60.0)
+    assert seen == sorted(asked)
+    seen.clear()
+    forward.warm(199, -1.0)
+    assert seen == []
+
+
 def test_blocks_are_a_function_of_the_lengths_and_the_number_of_threads_changes_no_bit(
     folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
