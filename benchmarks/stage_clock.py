@@ -24,7 +24,7 @@ import pyarrow as pa
 
 from cluster import stream
 from operators import schemas
-from operators.query_sample import draw_queries, query_table
+from operators.query_sample import query_table
 from operators.sources.pieces import Piece
 
 CPU_S = "cpu_s"
@@ -94,11 +94,10 @@ class SimulatedEncoder:
         schema = schemas.encoded(DIM)
         return pa.table([vectors if n == "vector" else chunks.column(n) for n in schema.names], schema=schema)
 
-    def queries(self, chunks: pa.Table) -> pa.Table:
-        """The piece's share of the query sample: its texts, and any vectors."""
-        order, texts = draw_queries(chunks)
-        vectors_QD: npt.NDArray[np.float32] = self._vectors_VD[: len(texts)].astype(np.float32)
-        return query_table(order, texts, vectors_QD)
+    def queries(self, drawn: pa.Table) -> pa.Table:
+        """The piece's share of the query sample with any vectors."""
+        vectors_QD: npt.NDArray[np.float32] = self._vectors_VD[: drawn.num_rows].astype(np.float32)
+        return query_table(drawn.column("order").to_numpy(), drawn.column("text").to_pylist(), vectors_QD)
 
 
 @contextmanager

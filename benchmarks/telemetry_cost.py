@@ -35,7 +35,7 @@ STAGES = ("read", "chunk", "encode", "commit")
 
 def telemetry_of(piece: Piece, done: stream.PieceResult, progress: RunProgress) -> None:
     """Everything that a piece's telemetry does, in all workers and in the driver."""
-    line = stream._envelope(piece, None, None, done.facts)
+    line = stream._envelope(stream.Parcel(piece, None, None, done.facts))
     for stage in STAGES:
         watch = Stopwatch()
         spans = load_spans(line.column("spans")[0].as_py())

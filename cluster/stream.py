@@ -17,6 +17,7 @@ import struct
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ from operators.encoding.encode_config import EncodeConfig, configured_model, res
 from operators.encoding.model_folder import ModelSpec
 from operators.errors import ConfigError, FingerprintError, SourceChangedError, VectormillError
 from operators.piece_store import EncodedPiece, commit_piece, read_table
+from operators.query_sample import draw_queries
 from operators.sources.pieces import Piece
 from operators.sources.read_config import ReadConfig
 from operators.sources.readers import PieceReader, PieceRows
@@ -59,7 +61,7 @@ ENVELOPE = pa.schema(
         pa.field("piece", pa.string(), nullable=False),  # Piece as JSON
         pa.field("table", pa.large_binary()),  # Arrow IPC: rows, then chunks, then encoded
         pa.field("rejects", pa.large_binary()),  # Arrow IPC of schemas.REJECTS
-        pa.field("queries", pa.large_binary()),  # Arrow IPC of schemas.QUERIES, once encoded
+        pa.field("queries", pa.large_binary()),  # Arrow IPC of schemas.DRAWN_QUERIES, then of schemas.QUERIES
         pa.field("facts", pa.string(), nullable=False),  # counts so far, JSON
         pa.field("spans", pa.string(), nullable=False),  # what the stages so far took, JSON (cluster/telemetry.py)
         pa.field("error", pa.string()),  # what failed, with its kind; the rest of the row is empty then
@@ -82,6 +84,17 @@ class StreamJob:
     plugins: tuple[tuple[str, str], ...] = ()  # items of plugin_fingerprints(clean) on the driver
     # A query sample: encoders must give its vectors again, or what they make could not be compared with the index.
     reference: ObjectEntry | None = None
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """A piece between two stages, unpacked."""
+
+    piece: Piece
+    table: pa.Table | None
+    rejects: pa.Table | None
+    facts: dict[str, Any]
+    queries: pa.Table | None = None
 
 
 @dataclass(frozen=True)
@@ -225,7 +238,7 @@ def _read(job: StreamJob, piece: Piece) -> list[pa.Table]:
         table, attempts = _failure(piece, f"reading ({error.attempts} attempt(s))", error.cause), error.attempts
     else:
         facts = {"num_rows_read": found.num_rows_read, "text_bytes": found.rows.column("text").nbytes}
-        table = _envelope(piece, found.rows, found.rejects, facts)
+        table = _envelope(Parcel(piece, found.rows, found.rejects, facts))
     return [_with_spans(table, [], watch.span("read", retries=attempts - 1))]
 
 
@@ -266,12 +279,12 @@ def cleaner_of(job: StreamJob) -> Cleaner:
 
 
 def _chunk(batch: pa.Table, job: StreamJob) -> pa.Table:
-    def work(piece: Piece, rows: pa.Table, rejects: pa.Table, facts: dict[str, Any]) -> pa.Table:
-        cleaned, unclean = cleaner_of(job)(rows)
+    def work(parcel: Parcel) -> Parcel:
+        cleaned, unclean = cleaner_of(job)(parcel.table)
         chunks, dropped, counts = chunker_of(job)(cleaned)
-        facts.update(counts)
-        facts |= _token_facts(chunks)
-        return _envelope(piece, chunks, pa.concat_tables([rejects, unclean, dropped]), facts)
+        facts = parcel.facts | counts | _token_facts(chunks)
+        drawn = draw_queries(chunks) if job.reference is None else None
+        return Parcel(parcel.piece, chunks, pa.concat_tables([parcel.rejects, unclean, dropped]), facts, drawn)
 
     return _each_piece(batch, "chunk", work)
 
@@ -301,6 +314,7 @@ class EncodeStage:
     def __init__(self, job: StreamJob) -> None:
         self._encoder: Encoder
         self._gpu: GpuSampler | None = None
+        self._packing = ThreadPoolExecutor(1)  # packs a piece while the device has the next one
         self._compared_with: dict[tuple[str, ObjectEntry], dict[str, float] | ConfigError] = {}
         self.load(job)
 
@@ -318,15 +332,16 @@ class EncodeStage:
         return self._encoder.text_encoder.batch_tokens
 
     def __call__(self, batch: pa.Table, job: StreamJob) -> pa.Table:
-        def work(piece: Piece, chunks: pa.Table, rejects: pa.Table, facts: dict[str, Any]) -> pa.Table:
+        def work(parcel: Parcel) -> Parcel:
+            facts = dict(parcel.facts)
             if job.reference is not None:
                 facts |= self._compared(job.store_url, job.reference)
-            encoded = self._encoder(chunks)
-            queries = self._encoder.queries(chunks) if job.reference is None else None
+            encoded = self._encoder(parcel.table)
+            queries = None if parcel.queries is None else self._encoder.queries(parcel.queries)
             facts["batch_tokens"] = self.batch_tokens
-            return _envelope(piece, encoded, rejects, facts, queries)
+            return Parcel(parcel.piece, encoded, parcel.rejects, facts, queries)
 
-        return _each_piece(batch, "encode", work, self._gpu)
+        return _each_piece(batch, "encode", work, gpu=self._gpu, packing=self._packing)
 
     def _compared(self, store_url: str, reference: ObjectEntry) -> dict[str, float]:
         """Cosines of the sample's vectors made now to the stored ones. Raises ConfigError when they are too far apart."""
@@ -345,39 +360,62 @@ class EncodeStage:
 
 
 def _commit(batch: pa.Table, job: StreamJob) -> pa.Table:
-    queries = {
-        piece: _unpack(packed) if packed.is_valid else None
-        for piece, packed in zip(batch.column("piece").to_pylist(), batch.column("queries"), strict=True)
-    }
-
-    def work(piece: Piece, encoded: pa.Table, rejects: pa.Table, facts: dict[str, Any]) -> pa.Table:
-        drawn = queries[json.dumps(piece.to_json())]
-        done = EncodedPiece(piece.piece_id, encoded, rejects, facts.pop("num_rows_read"), drawn, facts)
+    def work(parcel: Parcel) -> Parcel:
+        facts = dict(parcel.facts)
+        rows_read, piece_id = facts.pop("num_rows_read"), parcel.piece.piece_id
+        done = EncodedPiece(piece_id, parcel.table, parcel.rejects, rows_read, parcel.queries, facts)
         record = commit_piece(open_store(job.store_url), job.run_prefix, done, job.inputs)
-        return _envelope(piece, None, None, record.facts)
+        return Parcel(parcel.piece, None, None, record.facts)
 
     return _each_piece(batch, "commit", work)
 
 
-def _each_piece(batch: pa.Table, stage: str, work: Callable[..., pa.Table], gpu: GpuSampler | None = None) -> pa.Table:
-    """Apply a stage to every piece of a block (one, as the job is built); failures become rows with an error."""
-    done = []
+def _each_piece(
+    batch: pa.Table,
+    stage: str,
+    work: Callable[[Parcel], Parcel],
+    *,
+    gpu: GpuSampler | None = None,
+    packing: Executor | None = None,
+) -> pa.Table:
+    """Apply a stage to every piece of a block (one, as the job is built); failures become rows with an error.
+
+    packing: does what follows the work on a piece, while the next one is worked on.
+    """
+    done: list[pa.Table | Future[pa.Table]] = []
     for line in range(batch.num_rows):
         if batch.column("error")[line].is_valid:
             done.append(batch.slice(line, 1))
             continue
         piece = Piece.from_json(json.loads(batch.column("piece")[line].as_py()))
-        facts = json.loads(batch.column("facts")[line].as_py())
-        watch = Stopwatch()
-        try:
-            table = _unpack(batch.column("table")[line])
-            rejects = _unpack(batch.column("rejects")[line])
-            made = work(piece, table, rejects, facts)
-        except Exception as error:
-            made = _failure(piece, STAGE_VERBS[stage], error)
         spans = load_spans(batch.column("spans")[line].as_py())
-        done.append(_with_spans(made, spans, watch.span(stage, gpu=gpu.take() if gpu else None)))
-    return pa.concat_tables(done) if done else ENVELOPE.empty_table()
+        watch = Stopwatch()
+        found: Parcel | Exception
+        try:
+            found = work(_parcel(piece, batch, line))
+        except Exception as error:
+            found = error
+        span = watch.span(stage, gpu=gpu.take() if gpu else None)
+        if packing is None:
+            done.append(_packed_line(piece, found, spans, span))
+        else:
+            done.append(packing.submit(_packed_line, piece, found, spans, span))
+    lines = [line.result() if isinstance(line, Future) else line for line in done]
+    return pa.concat_tables(lines) if lines else ENVELOPE.empty_table()
+
+
+def _parcel(piece: Piece, batch: pa.Table, line: int) -> Parcel:
+    table, rejects, queries = (_unpack(batch.column(name)[line]) for name in ("table", "rejects", "queries"))
+    return Parcel(piece, table, rejects, json.loads(batch.column("facts")[line].as_py()), queries)
+
+
+def _packed_line(piece: Piece, found: Parcel | Exception, spans: list[Span], span: Span) -> pa.Table:
+    """The row for what a stage made of a piece, or for how it failed."""
+    try:
+        line = _failure(piece, STAGE_VERBS[span.stage], found) if isinstance(found, Exception) else _envelope(found)
+    except Exception as error:
+        line = _failure(piece, STAGE_VERBS[span.stage], error)
+    return _with_spans(line, spans, span)
 
 
 def _with_spans(line: pa.Table, spans: list[Span], span: Span) -> pa.Table:
@@ -387,14 +425,9 @@ def _with_spans(line: pa.Table, spans: list[Span], span: Span) -> pa.Table:
     return line.set_column(place, ENVELOPE.field(place), pa.array([dump_spans([*spans, span])], pa.string()))
 
 
-def _envelope(
-    piece: Piece,
-    table: pa.Table | None,
-    rejects: pa.Table | None,
-    facts: dict[str, Any],
-    queries: pa.Table | None = None,
-) -> pa.Table:
-    return _line(piece, [_packed(table), _packed(rejects), _packed(queries)], facts, None)
+def _envelope(parcel: Parcel) -> pa.Table:
+    packed = [_packed(table) for table in (parcel.table, parcel.rejects, parcel.queries)]
+    return _line(parcel.piece, packed, parcel.facts, None)
 
 
 def _failure(piece: Piece, stage: str, error: BaseException) -> pa.Table:
@@ -427,7 +460,9 @@ def _packed(table: pa.Table | None) -> pa.Array:
     return pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, data])
 
 
-def _unpack(value: pa.Scalar) -> pa.Table:
+def _unpack(value: pa.Scalar) -> pa.Table | None:
+    if not value.is_valid:
+        return None
     with pa.ipc.open_stream(value.as_buffer()) as reader:
         return reader.read_all()
 

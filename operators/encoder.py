@@ -18,7 +18,7 @@ from operators.encoding.outputs import Output, parse_outputs, represent
 from operators.encoding.parity import Parity, compare, plain_vectors
 from operators.encoding.text_encoder import Ints, NonFiniteVectorError, Spans, TextEncoder
 from operators.errors import ConfigError, SourceError
-from operators.query_sample import draw_queries, query_table
+from operators.query_sample import query_table
 
 NOT_THE_INDEX_ENCODER = "the encoder does not give the vectors that the index was built with"
 
@@ -64,11 +64,11 @@ class Encoder:
         except NonFiniteVectorError as error:
             raise _non_finite(chunks, error.index, str(error)) from error
 
-    def queries(self, chunks: pa.Table) -> pa.Table:
-        """The piece's share of the query sample (schemas.QUERIES), encoded as queries are."""
-        order, texts = draw_queries(chunks)
+    def queries(self, drawn: pa.Table) -> pa.Table:
+        """The piece's share of the query sample, schemas.DRAWN_QUERIES, encoded as queries are: schemas.QUERIES."""
+        texts = drawn.column("text").to_pylist()
         try:
-            return query_table(order, texts, self.text_encoder.encode_queries(texts))
+            return query_table(drawn.column("order").to_numpy(), texts, self.text_encoder.encode_queries(texts))
         except NonFiniteVectorError as error:
             raise SourceError(f"a query drawn from the piece ({texts[error.index]!r}): {error}") from error
 

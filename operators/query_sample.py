@@ -1,7 +1,7 @@
 """Queries drawn from the corpus: they measure the index's recall and set its nprobe.
 
-Each piece contributes a few excerpts of its chunks, about as long as questions, encoded by the same actors as the corpus
-while the model is loaded. From all of them the ones of lowest hash are kept, so the sample is the same on any cluster.
+Each piece contributes a few excerpts of its chunks, about as long as questions, drawn where it is chunked and encoded by the
+same actors as the corpus, while the model is loaded. From all of them the ones of lowest hash are kept, so the sample is the same on any cluster.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ QUERY_WORDS = 12
 _SALT = np.uint64(0x51A7E5)
 
 
-def draw_queries(chunks: pa.Table) -> tuple[np.ndarray, list[str]]:
-    """Hashes uint64 [q] and excerpts of the (at most) QUERIES_PER_PIECE chunks of lowest hash of (doc_id, chunk_no)."""
+def draw_queries(chunks: pa.Table) -> pa.Table:
+    """schemas.DRAWN_QUERIES: excerpts of the (at most) QUERIES_PER_PIECE chunks of lowest hash of (doc_id, chunk_no)."""
     chunk_no = chunks.column("chunk_no").to_numpy().astype(np.uint64)
     hashes = doc_hashes(chunks.column("doc_id").to_pylist())
     order = splitmix64(splitmix64(hashes ^ splitmix64(chunk_no)) ^ _SALT)
@@ -31,7 +31,8 @@ def draw_queries(chunks: pa.Table) -> tuple[np.ndarray, list[str]]:
     texts = chunks.column("text").take(pa.array(lowest)).to_pylist()
     excerpts = [excerpt(text, int(seed)) for text, seed in zip(texts, order[lowest].tolist(), strict=True)]
     kept = [i for i, text in enumerate(excerpts) if text]
-    return order[lowest][kept], [excerpts[i] for i in kept]
+    columns = [pa.array(order[lowest][kept], pa.uint64()), pa.array([excerpts[i] for i in kept], pa.large_string())]
+    return pa.table(columns, schema=schemas.DRAWN_QUERIES)
 
 
 def excerpt(text: str, seed: int) -> str:

@@ -107,14 +107,14 @@ def committed(d: int, outputs: Sequence[Output] = ()) -> pa.Schema:
     return encoded(d, outputs).append(pa.field("doc_hash", pa.uint64(), nullable=False))
 
 
-# Queries drawn from the corpus: they measure recall and set nprobe.
-QUERIES = pa.schema(
+# Queries drawn from the corpus: they measure recall and set nprobe. First their texts, then their vectors as well.
+DRAWN_QUERIES = pa.schema(
     [
         pa.field("order", pa.uint64(), nullable=False),  # hash of the chunk it comes from: the lowest are kept
         pa.field("text", pa.large_string(), nullable=False),
-        pa.field("vector", pa.list_(pa.float32()), nullable=False),
     ]
 )
+QUERIES = pa.schema([*DRAWN_QUERIES, pa.field("vector", pa.list_(pa.float32()), nullable=False)])
 
 
 # The ledger: what every source object of a version holds (operators/documents.py). One row an object, in corpus order;

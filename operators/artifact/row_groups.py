@@ -16,7 +16,6 @@ import pyarrow as pa
 from operators.artifact.list_run import RunReader
 from operators.errors import IntegrityError
 
-
 VALUE_BYTES = 64  # of a listed value, about: its object, and its place in the list
 
 
