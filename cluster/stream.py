@@ -315,7 +315,7 @@ class EncodeStage:
         self._encoder: Encoder
         self._gpu: GpuSampler | None = None
         self._packing = ThreadPoolExecutor(1)  # packs a piece while the device has the next one
-        self._compared_with: dict[tuple[str, ObjectEntry], dict[str, float] | ConfigError] = {}
+        self._compared_with: dict[tuple[str, ObjectEntry], dict[str, float] | str] = {}
         self.load(job)
 
     def load(self, job: StreamJob) -> None:
@@ -352,10 +352,10 @@ class EncodeStage:
             try:
                 self._compared_with[key] = self._encoder.compare_queries(table.column("text").to_pylist(), stored)
             except ConfigError as error:  # found once, told for every piece
-                self._compared_with[key] = error
+                self._compared_with[key] = str(error)
         found = self._compared_with[key]
-        if isinstance(found, ConfigError):
-            raise found
+        if isinstance(found, str):
+            raise ConfigError(found)
         return found
 
 
@@ -380,7 +380,7 @@ def _each_piece(
 ) -> pa.Table:
     """Apply a stage to every piece of a block (one, as the job is built); failures become rows with an error.
 
-    packing: does what follows the work on a piece, while the next one is worked on.
+    packing: packs what was made of a piece while the next one is worked on; the span is then that of the work alone.
     """
     done: list[pa.Table | Future[pa.Table]] = []
     for line in range(batch.num_rows):
@@ -390,16 +390,20 @@ def _each_piece(
         piece = Piece.from_json(json.loads(batch.column("piece")[line].as_py()))
         spans = load_spans(batch.column("spans")[line].as_py())
         watch = Stopwatch()
-        found: Parcel | Exception
+        found: Parcel | pa.Table | None
         try:
             found = work(_parcel(piece, batch, line))
-        except Exception as error:
-            found = error
-        span = watch.span(stage, gpu=gpu.take() if gpu else None)
+        except (
+            Exception
+        ) as error:  # made a row here: kept, it would keep all that its traceback holds, on the device too
+            found = _failure(piece, STAGE_VERBS[stage], error)
         if packing is None:
-            done.append(_packed_line(piece, found, spans, span))
+            made = _packed_line(piece, found, stage)
+            done.append(_with_spans(made, spans, watch.span(stage)))
         else:
-            done.append(packing.submit(_packed_line, piece, found, spans, span))
+            span = watch.span(stage, gpu=gpu.take() if gpu else None)
+            done.append(packing.submit(_packed_after, piece, found, spans, span))
+        found = None  # nor is what was made held any longer than it takes to pack it
     lines = [line.result() if isinstance(line, Future) else line for line in done]
     return pa.concat_tables(lines) if lines else ENVELOPE.empty_table()
 
@@ -409,13 +413,16 @@ def _parcel(piece: Piece, batch: pa.Table, line: int) -> Parcel:
     return Parcel(piece, table, rejects, json.loads(batch.column("facts")[line].as_py()), queries)
 
 
-def _packed_line(piece: Piece, found: Parcel | Exception, spans: list[Span], span: Span) -> pa.Table:
-    """The row for what a stage made of a piece, or for how it failed."""
+def _packed_line(piece: Piece, found: Parcel | pa.Table, stage: str) -> pa.Table:
+    """The row for what a stage made of a piece; one that tells of a failure is one already."""
     try:
-        line = _failure(piece, STAGE_VERBS[span.stage], found) if isinstance(found, Exception) else _envelope(found)
+        return _envelope(found) if isinstance(found, Parcel) else found
     except Exception as error:
-        line = _failure(piece, STAGE_VERBS[span.stage], error)
-    return _with_spans(line, spans, span)
+        return _failure(piece, STAGE_VERBS[stage], error)
+
+
+def _packed_after(piece: Piece, found: Parcel | pa.Table, spans: list[Span], span: Span) -> pa.Table:
+    return _with_spans(_packed_line(piece, found, span.stage), spans, span)
 
 
 def _with_spans(line: pa.Table, spans: list[Span], span: Span) -> pa.Table:

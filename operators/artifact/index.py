@@ -31,7 +31,7 @@ from operators.artifact.joined_segments import (
 from operators.artifact.list_run import RunReader
 from operators.artifact.list_scanner import ListScanner, Probes
 from operators.artifact.manifest import Manifest, PartRef, open_current, read_current, read_part_records
-from operators.artifact.mapped_segment import MappedSegment
+from operators.artifact.mapped_segment import MappedSegment, cached_path
 from operators.artifact.mapped_vectors import MappedVectors
 from operators.artifact.open_files import OpenFiles
 from operators.artifact.quantizer import read_quantizer
@@ -67,7 +67,8 @@ class Index:
     IntegrityError that says so. Whatever a search reads is checked against its checksums, at the latest before its first
     use; damage raises IntegrityError naming the object.
 
-    A server holds one, and between two requests moves on: `index = index.reopened()`.
+    A server holds one, and between two requests moves on: `index = index.reopened()`. `copies` are the files that may stand for its
+    objects in the cache, none where the root is on this disk; deleted, they are fetched again by the next to open it.
     """
 
     def __init__(
@@ -91,12 +92,15 @@ class Index:
         self.quantizer = read_quantizer(store, manifest.quantizer_entry, manifest.list_assignment)
         refs = [ref for segment in manifest.segments for ref in segment.parts]
         records = read_part_records(store, refs)
+        entries = [entry for record in records for entry in record.objects.values()]
+        is_remote = any(store.local_path(entry.key) is None for entry in entries)
+        self.copies = frozenset(map(cached_path, entries)) if is_remote else frozenset()
         joined = segments_to_join(manifest, self.quantizer.code_size, joined_bytes)
         first_part = np.cumsum([0, *(len(segment.parts) for segment in manifest.segments)]).tolist()
         in_memory = {part for number in joined for part in range(first_part[number], first_part[number + 1])}
         kept = [record.objects["rows"].key for record in records]
         kept += [record.objects["vectors"].key for part, record in enumerate(records) if part not in in_memory]
-        files = OpenFiles(store, kept, {e.key: e for r in records for e in r.objects.values()} if copies else {})
+        files = OpenFiles(store, kept, {entry.key: entry for entry in entries} if copies else {})
         cache_bytes = CACHE_BYTES // (3 * max(1, len(refs)))
 
         def open_part(ref: PartRef, record: CommitRecord) -> RunReader:
@@ -113,8 +117,8 @@ class Index:
             segment, first_entry = manifest.segments[number], int(self._part_starts[parts.start])
             if number in joined:
                 return load_segment(store, segment, self.parts[parts], first_entry)
-            entries = [record.objects["lists"] for record in records[parts]]
-            return MappedSegment(store, segment, self.parts[parts], entries, first_entry)
+            lists = [record.objects["lists"] for record in records[parts]]
+            return MappedSegment(store, segment, self.parts[parts], lists, first_entry)
 
         with ThreadPoolExecutor(OPENED_AT_ONCE) as pool:  # of a remote root each takes several requests
             self.parts = list(pool.map(open_part, refs, records))

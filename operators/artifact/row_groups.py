@@ -6,7 +6,8 @@ A row group is about 512 rows. Decoding one takes most of a millisecond; a row o
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -42,24 +43,30 @@ class RowGroups:
 
     def rows(self, part: int, entries: npt.NDArray[np.int64], columns: tuple[str, ...]) -> list[dict[str, Any]]:
         """These columns of entries int64 [n] of one part, numbered within it, in their order. Raises IntegrityError."""
-        try:
+        with self._dropping_damaged(part):
             return self._rows(part, entries, columns)
+
+    def warm(self, columns: tuple[str, ...]) -> None:
+        """Decode row groups, from the first on, as long as there seems to be room for one more. Raises IntegrityError."""
+        room_for = 0
+        for part, reader in enumerate(self._parts):
+            with self._dropping_damaged(part):
+                for number in range(len(reader.row_group_starts) - 1):
+                    if self.held_bytes + room_for > self._max_bytes:
+                        return
+                    if (part, number, columns) not in self._kept:
+                        room_for = self._keep((part, number, columns)).nbytes
+
+    @contextmanager
+    def _dropping_damaged(self, part: int) -> Iterator[None]:
+        try:
+            yield
         except IntegrityError as error:
             if self._drop_copy(part):
                 raise IntegrityError(
                     f"{error} (this was its copy in the cache: it has been deleted, open the index again to fetch another)"
                 ) from error
             raise
-
-    def warm(self, columns: tuple[str, ...]) -> None:
-        """Decode row groups, from the first on, as long as there seems to be room for one more."""
-        room_for = 0
-        for part, reader in enumerate(self._parts):
-            for number in range(len(reader.row_group_starts) - 1):
-                if self.held_bytes + room_for > self._max_bytes:
-                    return
-                if (part, number, columns) not in self._kept:
-                    room_for = self._keep((part, number, columns)).nbytes
 
     def _rows(self, part: int, entries: npt.NDArray[np.int64], columns: tuple[str, ...]) -> list[dict[str, Any]]:
         starts = self._parts[part].row_group_starts

@@ -32,6 +32,10 @@ def serve_command(
     max_batch: Annotated[int, typer.Option(metavar="N", help="Most queries of a request.")] = 256,
     max_nprobe: Annotated[int, typer.Option(metavar="N", help="Most lists that a request may have scanned.")] = 1024,
     max_refine_factor: Annotated[int, typer.Option(metavar="N", help="Largest refine factor of a request.")] = 64,
+    max_hits: Annotated[int, typer.Option(metavar="N", help="Most hits of a request, over all its queries.")] = 10_000,
+    max_candidates: Annotated[
+        int, typer.Option(metavar="N", help="Most candidates of a query that are scored again: k * refine factor.")
+    ] = 20_000,
     max_query_chars: Annotated[int, typer.Option(metavar="N", help="Longest query text.")] = 8192,
     max_body_bytes: Annotated[int, typer.Option(metavar="B", help="Largest request.")] = 8 << 20,
     max_queue: Annotated[int, typer.Option(metavar="N", help="Queries of a replica that may wait.")] = 512,
@@ -87,6 +91,8 @@ def serve_command(
             max_nprobe=max_nprobe,
             max_refine_factor=max_refine_factor,
             max_batch=max_batch,
+            max_hits=max_hits,
+            max_candidates=max_candidates,
             max_query_chars=max_query_chars,
             max_body_bytes=max_body_bytes,
             max_queue=max_queue,

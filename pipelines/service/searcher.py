@@ -11,6 +11,7 @@ import threading
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,9 +37,9 @@ WARM_TOKENS, WARM_ENCODER_S = 512, 3.0  # batches of queries up to so many token
 POINTS_EVERY_S = 15.0  # operating points may be measured after the version was opened
 RETRY_S = 30.0  # a version that could not be opened is tried again
 
-# Columns of the row store that hits carry.
-WITHOUT_TEXT = ("doc_id", "chunk_no", "source")
-WITH_TEXT = (*WITHOUT_TEXT, "text")
+# Columns of the row store that hits carry. Those that are asked for without text are read with it all the same: what is
+# decoded then serves both.
+HIT_COLUMNS = ("doc_id", "chunk_no", "source", "text")
 
 log = logging.getLogger("vectormill.service")
 
@@ -135,13 +136,15 @@ class OpenVersion:
     ) -> list[dict[str, Any]]:
         """For each query `{"hits": [...]}`, best first. By the search thread."""
         there = entries_Qk >= 0
-        rows = iter(self.index.rows_of(entries_Qk[there], WITH_TEXT if with_text else WITHOUT_TEXT))
+        rows = iter(self.index.rows_of(entries_Qk[there], HIT_COLUMNS))
         out = []
         for count, scores in zip(there.sum(axis=1).tolist(), scores_Qk.tolist(), strict=True):
             hits = []
             for place in range(count):
                 row = next(rows)
                 row["rank"], row["score"] = place + 1, scores[place]
+                if not with_text:
+                    del row["text"]
                 hits.append(row)
             out.append({"hits": hits})
         return out
@@ -149,7 +152,7 @@ class OpenVersion:
     def warm(self) -> None:
         """Read the index and search a few of the stored queries, so that the first request finds all in memory."""
         self.index.warm(self._settings.warm_bytes)
-        self.index.row_groups.warm(WITH_TEXT)
+        self.index.row_groups.warm(HIT_COLUMNS)
         table = read_table(self.index.store, ObjectEntry.from_json(self.manifest.queries), ["vector"])
         vectors = np.array(table.column("vector").to_pylist()[:WARM_QUERIES], np.float32).reshape(-1, self.d)
         if len(vectors) and self.manifest.ntotal:
@@ -199,6 +202,7 @@ class Searcher:
         self.metrics = metrics
         self.store = open_store(settings.root)
         self._encoder: tuple[str, TextEncoder] | None = None
+        self._copies_before: frozenset[Path] = frozenset()  # of the version before the current one
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -247,6 +251,10 @@ class Searcher:
         if before is not None:
             metrics.swaps.inc()
             log.info("serving %s in place of %s", version.name, before.name)
+            # Those of the version before stay, for a rollback.
+            for path in self._copies_before - before.index.copies - version.index.copies:
+                path.unlink(missing_ok=True)
+            self._copies_before = before.index.copies
         else:
             log.info("serving %s of %s", version.name, self.store.url)
 

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pytest
 
+from cluster import stream
 from cluster.preflight import StreamPlan
 from cluster.session import ClusterConfig, connect
 from cluster.stream import (
     EncodeStage,
+    Parcel,
     StreamJob,
     _chunk,
     _commit,
@@ -22,11 +29,12 @@ from cluster.stream import (
     pieces_per_task,
     run_piece,
 )
+from cluster.telemetry import load_spans
 from operators.chunker import ChunkConfig
 from operators.encoding.encode_config import EncodeConfig, configured_model
 from operators.piece_store import piece_key, read_table
 from operators.sources.listing import list_sources
-from operators.sources.pieces import plan_pieces
+from operators.sources.pieces import Piece, plan_pieces
 from operators.sources.read_config import ReadConfig
 from operators.storage.commits import read_record
 from operators.storage.store import open_store
@@ -108,3 +116,48 @@ def test_pieces_of_one_block_are_committed_each_by_itself_with_the_bits_of_piece
             tables.append(read_table(store, record.objects["encoded"]))
         assert tables[0].num_rows == 9
         assert tables[0].equals(tables[1])
+
+
+class Held:
+    """Something whose end can be seen."""
+
+
+@pytest.mark.parametrize("packed_beside", [True, False])
+def test_a_piece_that_fails_in_its_work_or_while_it_is_packed_fails_alone_and_holds_nothing(
+    monkeypatch: pytest.MonkeyPatch, packed_beside: bool
+) -> None:
+    pieces = [Piece((), "byte_range", n, n + 1) for n in range(5)]
+    rows = pa.table({"x": [1, 2]})
+    block = pa.concat_tables([stream._envelope(Parcel(piece, rows, rows, {"n": n})) for n, piece in enumerate(pieces)])
+    alive: list[weakref.ref[Held]] = []
+    seen: list[list[bool]] = []
+
+    def work(parcel: Parcel) -> Parcel:
+        seen.append([ref() is not None for ref in alive])
+        held = Held()
+        alive.append(weakref.ref(held))
+        if parcel.facts["n"] in (1, 4):
+            raise ValueError("no memory")
+        return replace(parcel, table=None if parcel.facts["n"] == 2 else parcel.table)
+
+    def packed(parcel: Parcel) -> pa.Table:
+        if parcel.table is None:
+            raise OSError("cannot be packed")
+        return pack(parcel)
+
+    pack = stream._envelope
+    monkeypatch.setattr(stream, "_envelope", packed)
+    gc.disable()
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            made = stream._each_piece(block, "encode", work, packing=pool if packed_beside else None)
+    finally:
+        gc.enable()
+    errors = made.column("error").to_pylist()
+    assert [error is None for error in errors] == [True, False, False, True, False]
+    assert "no memory" in errors[1]
+    assert "cannot be packed" in errors[2]
+    assert [Piece.from_json(json.loads(text)) for text in made.column("piece").to_pylist()] == pieces
+    assert [[span.stage for span in load_spans(text)] for text in made.column("spans").to_pylist()] == [["encode"]] * 5
+    assert not any(map(any, seen))
+    assert not any(ref() is not None for ref in alive)

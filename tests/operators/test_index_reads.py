@@ -15,6 +15,7 @@ from operators.artifact.index import Index
 from operators.artifact.manifest import manifest_key, open_current
 from operators.artifact.open_files import OTHER_FILES, allow_open_files
 from operators.errors import IndexNotFoundError, IntegrityError, ResourceError
+from operators.schemas import ROW_STORE
 from operators.storage.local_store import LocalStore
 from operators.storage.store import open_store
 from tests.artifact_maker import Version, add_delta, delete_rows, flip_bit, make_version
@@ -163,15 +164,17 @@ def test_damage_in_the_cache_of_a_remote_index_is_found_and_mended_by_opening_ag
         assert all(np.array_equal(a, b) for a, b in zip(open_and_use_all(made, MAPPED), expected, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["vectors", "rows"])
+@pytest.mark.parametrize(("kind", "warm"), [("vectors", False), ("rows", False), ("rows", True)])
 def test_damaged_copies_of_vectors_and_rows_are_mended_by_opening_again(
-    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, warm: bool
 ) -> None:
     monkeypatch.setenv("VECTORMILL_CACHE", str(tmp_path / "cache"))
     made = make_version(bucket + "/copied", **SMALL)  # type: ignore[arg-type]
 
     def use_all() -> list[np.ndarray]:
         index = Index(made.store, made.manifest, copies=True)
+        if warm:
+            index.row_groups.warm(tuple(ROW_STORE.names))
         found = index.search(made.corpus.queries_Qd, 5, nprobe=6)
         return [found.row_ids_Qk, np.array([row["text"] for row in index.rows_of(np.arange(made.manifest.ntotal))])]
 

@@ -18,6 +18,7 @@ import pytest
 
 from operators.artifact.manifest import manifest_key
 from operators.errors import ConfigError
+from pipelines.compact import compact
 from pipelines.rollback import rollback
 from pipelines.service import batching
 from pipelines.service.api import Service
@@ -28,7 +29,7 @@ from pipelines.service.refusals import Refusal
 from pipelines.service.search_request import SearchRequest
 from pipelines.service.searcher import Searcher
 from pipelines.service.settings import ServiceSettings
-from tests.pipelines.nightly_site import Site
+from tests.pipelines.nightly_site import Site, configured
 from tests.pipelines.running_service import Served, serving
 
 SOON_S = 30.0  # the machine may be busy
@@ -118,6 +119,32 @@ def test_a_broken_version_is_not_taken_and_a_whole_one_after_it_is(
         assert served.search(queries=["a wing"])["version"] == first.version
         hidden.rename(new)
         _until(served, second.version)
+
+
+def test_of_a_remote_root_copies_are_kept_of_the_served_version_and_the_one_before(
+    tiny_model: Path, tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("VECTORMILL_CACHE", str(cache))
+    site = Site(tmp_path, tiny_model, root=f"{bucket}/root")
+    site.put_three()
+    site.build()
+    searcher = Searcher(_settings(site), Metrics())
+    searcher.open()
+    (cache / "of-another-index.lists").touch()
+    of_version: list[set[str]] = []
+    for number in range(4):
+        if number:
+            site.put("a.jsonl", [(f"night-{number}-{n}", f"words of night {number}, {n}") for n in range(9)])
+            site.update()
+            compact(site.root, configured)
+            searcher._take(searcher._opened())
+        held = {path.name for path in cache.iterdir()} - {"of-another-index.lists"}
+        of_version.append({path.name for path in searcher.current.index.copies} & held)
+        assert of_version[-1]
+        assert held == of_version[-1] | (of_version[-2] if number else set())
+    assert (cache / "of-another-index.lists").exists()
+    searcher.close()
 
 
 def _held(site: Site) -> tuple[int, int]:
