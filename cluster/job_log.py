@@ -15,6 +15,7 @@ from operators.errors import ResourceError
 POLL_S = 1.0
 SILENCE_S = 30.0  # without a line for so long, the head is asked whether the job still runs
 LOST_TIMEOUT_S = 300.0
+GOODBYE_S = 2.0
 # What Ray itself writes before the command's own lines.
 RAYS_LINES = ("Runtime env is setting up.", "Running entrypoint for job ")
 ERROR = "error: "
@@ -161,7 +162,8 @@ async def _tail(jobs: Jobs, submission_id: str, reader: LogReader) -> None:
     finally:
         if waiting is not None:
             waiting.cancel()
-            await asyncio.wait({waiting})
+            # It says goodbye to the head, which may take long to answer; after a Ctrl-C nobody waits for that.
+            await asyncio.wait({waiting}, timeout=GOODBYE_S)
 
 
 def _error_of(job: Job, reader: LogReader) -> str | None:
