@@ -1,8 +1,8 @@
 """`plan --calibrate`: measures what a plan reckons with, on this machine or cluster, by short runs of the build's own code.
 
-Encoders run as tasks, as many at once as a build would have; the stages behind them run on small made pieces; a tiny
-build gives what a build takes beside its work (start of Ray, of workers, of tasks). None of it is a run that a plan is
-checked against (benchmarks/plan_check.py). Takes two to three minutes.
+Encoders run as tasks, as many at once as a build would have; the stages behind them run on small made pieces; three tiny
+builds give what a build takes beside its work (start of Ray, of workers, of tasks; the medians). None of it is a run that a
+plan is checked against (benchmarks/plan_check.py). Takes two to three minutes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import platform
 import random
 import secrets
+import statistics
 import tempfile
 import time
 from collections.abc import Sequence
@@ -40,6 +41,7 @@ WORDS_FOR_ENCODERS = 100_000
 WORDS_PER_TEXT = 24
 TOKENS_PER_WORD = 1.6  # of docstrings, about: what it is out is out by a part of a second of the tiny build
 PIECES, PIECE_ROWS = 64, 16  # of the tiny build
+TINY_BUILDS = 3
 FROM_BUILD = (
     "process_start_s",
     "search_s_per_code_byte",
@@ -79,10 +81,10 @@ def calibrate(config: RunConfig, root: str | None, progress: RunProgress) -> dic
         few = texts[: PIECE_ROWS * PIECES]
         place = folder if root is None else f"{root.rstrip('/')}/.calibration-{secrets.token_hex(8)}"
         try:
-            tiny = tiny_build(place, few, PIECE_ROWS, config, encoders)
+            tiny = [tiny_build(f"{place}/{n}", few, PIECE_ROWS, config, encoders) for n in range(TINY_BUILDS)]
         finally:
             open_store(place).delete_tree("")
-    _add_fixed(found, config, shape, session, few, encoders, tiny)
+    _add_fixed(found, config, shape, session, few, encoders, _medians(tiny))
     return {
         "coefficients": {name: float(f"{value:.5g}") for name, value in sorted(found.items())},
         "settings": {
@@ -144,6 +146,16 @@ def measure_storage(store: Store) -> dict[str, float]:
     }
 
 
+def _medians(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One run of which every number, also those of its stages, is the median: starts vary by half."""
+    return {
+        name: _medians([run[name] for run in runs])
+        if isinstance(value, dict)
+        else statistics.median(run.get(name, 0.0) for run in runs)
+        for name, value in runs[0].items()
+    }
+
+
 def _add_fixed(
     found: dict[str, float],
     config: RunConfig,
@@ -155,6 +167,7 @@ def _add_fixed(
 ) -> None:
     """What a stage takes beside its work: the tiny build's seconds less what the formulas say of its work."""
     found |= {name: tiny[name] for name in FROM_BUILD}
+    found["ray_start_s"] = tiny["stages"].get("start Ray", found["ray_start_s"])
     found["ray_join_s"] = found["ray_start_s"]  # joining takes less
     found["manifest_bytes"] -= found["manifest_bytes_per_part"]
     found["driver_s_per_piece"] = tiny["stream_driver_cpu_s"] / (PIECES - 1)
