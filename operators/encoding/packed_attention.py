@@ -49,10 +49,8 @@ class Segments:
 class MaskRule:
     """The model's mask of one text, made by its own mask function for the longest segment asked for."""
 
-    def __init__(self, make_mask: Callable[[int], torch.Tensor], device: torch.device | str) -> None:
-        """make_mask: length -> bool [L, L] on the host, True where a query (row) sees a key (column)."""
-        self._make_mask = make_mask
-        self._device = device
+    def __init__(self, make_mask: Callable[[int], torch.Tensor]) -> None:
+        self._make_mask = make_mask  # length -> bool [L, L], True where a query (row) sees a key (column)
         self._length = 0
         self._mask_LL = torch.empty(0, 0, dtype=torch.bool)
         self._window: tuple[int, int] | None = None
@@ -77,22 +75,23 @@ class MaskRule:
             return {}
         if window == (-1, 0):
             return {"is_causal": True}
-        return {"attn_mask": self._mask_LL[:length, :length].to(self._device)}
+        return {"attn_mask": self._mask_LL[:length, :length]}
 
 
 def make_rule(*_: Any, mask_function: Callable[..., Any], use_vmap: bool = False, **arguments: Any) -> MaskRule:
     """What the models carry about as their attention mask. Called by transformers, once a kind of layer and pass."""
     from transformers.masking_utils import sdpa_mask
 
+    device = arguments["device"]
+
     def make_mask(length: int) -> torch.Tensor:
-        # On the host, where it is looked at: on the device that would wait for all batches that are queued there.
         mask = sdpa_mask(
-            1, length, length, mask_function=mask_function, allow_is_causal_skip=False, use_vmap=use_vmap, device="cpu"
+            1, length, length, mask_function=mask_function, allow_is_causal_skip=False, use_vmap=use_vmap, device=device
         )
         assert mask is not None  # no skip is allowed
         return mask[0, 0]
 
-    return MaskRule(make_mask, arguments["device"])
+    return MaskRule(make_mask)
 
 
 def attend(

@@ -132,21 +132,16 @@ class TextEncoder:
         order = unique[
             np.argsort(-lengths_S[unique], kind="stable")
         ]  # the longest first: memory peaks in the first batch
-        # Vectors stay on the device until all batches are queued there: fetching those of one would wait for it, and the device
-        # for what this thread has to do before the next.
-        made: list[tuple[Ints, torch.Tensor]] = []
         begin = 0
         while begin < len(order):
             batch = order[begin : begin + self._batch_size(lengths_S[order[begin:]])]
             of_batch = [by_sequence[first_span[s] : first_span[s + 1]] for s in batch.tolist()]
             try:
-                made.append(self._encode_batch(flat, offsets, batch, of_batch, spans))
+                self._encode_batch(flat, offsets, batch, of_batch, spans, vectors_ND)
             except torch.OutOfMemoryError as error:
                 self._halve_budget(len(batch), int(lengths_S[batch[0]]), error)
                 continue
             begin += len(batch)
-        for wanted, batch_ND in made:
-            vectors_ND[wanted] = batch_ND.cpu().numpy()
         self._check_finite(vectors_ND, spans, lengths_S)
         return vectors_ND
 
@@ -184,9 +179,8 @@ class TextEncoder:
         return max(1, self.batch_tokens // int(lengths_S[0]))
 
     def _encode_batch(
-        self, flat: Ints, offsets: Ints, batch: Ints, of_batch: list[Ints], spans: Spans
-    ) -> tuple[Ints, torch.Tensor]:
-        """Which spans the batch has, and their vectors float32 on the device."""
+        self, flat: Ints, offsets: Ints, batch: Ints, of_batch: list[Ints], spans: Spans, vectors_ND: npt.NDArray[Any]
+    ) -> None:
         assert self._forward is not None
         bounds = np.concatenate([[0], np.cumsum(offsets[batch + 1] - offsets[batch])])
         flat_T = np.concatenate([flat[offsets[s] : offsets[s + 1]] for s in batch.tolist()])
@@ -199,7 +193,7 @@ class TextEncoder:
             kept_ND = full_ND[:, : self.spec.d]
             if self.spec.normalize and self.spec.d < full_ND.shape[1]:
                 kept_ND = torch.nn.functional.normalize(kept_ND, dim=1)
-            return wanted, kept_ND
+            vectors_ND[wanted] = kept_ND.cpu().numpy()
 
     def _halve_budget(self, num_sequences: int, longest: int, error: BaseException) -> None:
         if num_sequences == 1:

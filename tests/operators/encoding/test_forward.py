@@ -311,7 +311,7 @@ def test_compiled_attention_is_that_of_torch(heads: int, key_heads: int, dim: in
         seen = torch.ones(length, length, dtype=torch.bool)
         return seen.tril(right if right >= 0 else length).triu(-left if left >= 0 else -length)
 
-    rule = MaskRule(mask, "cpu")
+    rule = MaskRule(mask)
     window = rule.window(segments.max_length)
     assert window == (left, right)
     found = packed_attention._attend_compiled(query, key, value, segments, window, dim**-0.5)
