@@ -197,7 +197,7 @@ def _dataset(job: StreamJob, pieces: Sequence[Piece], plan: StreamPlan, piece_by
 def pieces_per_task(plan: StreamPlan, num_pieces: int, piece_bytes: int) -> int:
     """How many pieces travel as one block through the stages; each is committed by itself all the same.
 
-    A block costs 30 to 70 ms of CPU of Ray's own (benchmarks/scaling.py): 1% of what a CPU takes to encode a piece,
+    A block costs about 100 ms of CPU of Ray's own (60 to 140, benchmarks/scaling.py): 2% of what a CPU takes to encode a piece,
     as much as to read and tokenize one for a GPU. More than a few blocks an encoder are left, so that all end together.
     """
     if not plan.gpus_per_worker:

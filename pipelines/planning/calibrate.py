@@ -2,7 +2,7 @@
 
 Encoders run as tasks, as many at once as a build would have; the stages behind them run on small made pieces; three tiny
 builds give what a build takes beside its work (start of Ray, of workers, of tasks; the medians). None of it is a run that a
-plan is checked against (benchmarks/plan_check.py). Takes two to three minutes.
+plan is checked against (benchmarks/plan_check.py). Takes three to four minutes.
 """
 
 from __future__ import annotations

@@ -172,7 +172,15 @@ def _routes(service: Service) -> FastAPI:
     async def index() -> Response:
         service.check_ready()
         version = service.searcher.current
-        names = ("max_k", "max_refine_factor", "max_batch", "max_hits", "max_query_chars", "max_body_bytes")
+        names = (
+            "max_k",
+            "max_refine_factor",
+            "max_batch",
+            "max_hits",
+            "max_candidates",
+            "max_query_chars",
+            "max_body_bytes",
+        )
         limits = {name: getattr(settings, name) for name in names}
         limits["max_nprobe"] = min(version.nlist, settings.max_nprobe)
         return Response(to_json({**version.facts(), "limits": limits}), media_type="application/json")

@@ -160,6 +160,7 @@ def _answers() -> dict[str, Any]:
                             "max_refine_factor",
                             "max_batch",
                             "max_hits",
+                            "max_candidates",
                             "max_query_chars",
                             "max_body_bytes",
                         ),

@@ -252,9 +252,12 @@ class Searcher:
             metrics.swaps.inc()
             log.info("serving %s in place of %s", version.name, before.name)
             # Those of the version before stay, for a rollback.
-            for path in self._copies_before - before.index.copies - version.index.copies:
-                path.unlink(missing_ok=True)
-            self._copies_before = before.index.copies
+            old, self._copies_before = self._copies_before, before.index.copies
+            for path in old - before.index.copies - version.index.copies:
+                try:
+                    path.unlink(missing_ok=True)
+                except OSError as error:  # another user's file, say: it only takes room
+                    log.warning("cannot delete a copy that is no longer needed: %s", error)
         else:
             log.info("serving %s of %s", version.name, self.store.url)
 

@@ -53,6 +53,12 @@ class ServiceSettings:
         for name in ("deadline_s", "drain_s", "poll_s"):
             if not 0 < getattr(self, name) <= 3600:
                 raise ConfigError(f"{option(name)} must be in (0, 3600] seconds, got {getattr(self, name):g}")
+        for name in ("max_hits", "max_candidates"):
+            if getattr(self, name) < self.max_k:
+                raise ConfigError(
+                    f"{option(name)} must be at least --max-k ({self.max_k}), or the largest k is never taken, got"
+                    f" {getattr(self, name)}"
+                )
         if self.max_queue < self.max_batch:
             raise ConfigError(
                 f"--max-queue must be at least --max-batch ({self.max_batch}), or the largest request is never taken, got"

@@ -318,6 +318,8 @@ def test_draining_refuses_what_comes_and_waits_for_what_is_there(site: Site) -> 
     [
         ({"max_k": 0}, "--max-k must be at least 1, got 0"),
         ({"max_queue": 10, "max_batch": 20}, "--max-queue must be at least --max-batch"),
+        ({"max_hits": 999}, r"--max-hits must be at least --max-k \(1000\)"),
+        ({"max_candidates": 10, "max_k": 11}, r"--max-candidates must be at least --max-k \(11\)"),
         ({"deadline_s": 0.0}, r"--deadline-s must be in \(0, 3600\] seconds, got 0"),
         ({"recall": 0.9, "nprobe": 3}, "--recall chooses nprobe"),
         ({"token_env": "A", "token_file": "b"}, "give --token-env or --token-file"),
