@@ -151,7 +151,9 @@ def _title(pid: int) -> str:
 
 @cache
 def own_tmp_is_possible() -> bool:
-    """Whether a process here may mount a /tmp of its own."""
+    """Whether a process here may mount a /tmp of its own, and still finds its Python and this checkout."""
+    if any(Path(place).is_relative_to("/tmp") for place in (sys.prefix, sys.executable, __file__)):
+        return False
     trial = ["unshare", "--map-root-user", "--mount", "sh", "-c", "mount --bind /var /tmp"]
     try:
         return subprocess.run(trial, capture_output=True, check=False).returncode == 0

@@ -48,6 +48,8 @@ class Running:
                 stdout=out,
                 stderr=err,
                 start_new_session=True,
+                # A shell that runs the tests in the background has them ignore Ctrl-C, which commands would inherit.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
             )
         self.pid = self._driver.pid
 
