@@ -19,9 +19,10 @@ import numpy as np
 from benchmarks.cpu_clock import CpuClock
 from benchmarks.stage_clock import CPU_S, SimulatedEncodeStage, SimulatedJob, clocked_stages
 from benchmarks.texts import write_corpus
+from cluster.parcels import PieceResult
 from cluster.preflight import plan_stream
 from cluster.session import ClusterConfig, connect
-from cluster.stream import PieceResult, pieces_per_task, stream_pieces
+from cluster.stream import pieces_per_task, stream_pieces
 from cluster.telemetry import Span
 from operators.chunker import ChunkConfig
 from operators.encoding.encode_config import EncodeConfig

@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.report import environment, write_report
 from benchmarks.texts import short_texts, write_corpus
-from cluster import stream
+from cluster import parcels, stream
 from cluster.session import ClusterConfig, connect
 from cluster.telemetry import METRICS, Stopwatch, load_spans
 from operators.chunker import ChunkConfig
@@ -33,14 +33,14 @@ LIMIT = 0.01
 STAGES = ("read", "chunk", "encode", "commit")
 
 
-def telemetry_of(piece: Piece, done: stream.PieceResult, progress: RunProgress) -> None:
+def telemetry_of(piece: Piece, done: parcels.PieceResult, progress: RunProgress) -> None:
     """Everything that a piece's telemetry does, in all workers and in the driver."""
-    line = stream._envelope(stream.Parcel(piece, None, None, done.facts))
+    line = parcels.envelope(parcels.Parcel(piece, None, None, done.facts))
     for stage in STAGES:
         watch = Stopwatch()
         spans = load_spans(line.column("spans")[0].as_py())
-        line = stream._with_spans(line, spans, watch.span(stage))
-    progress.piece_done(stream._result(line.to_pylist()[0]))
+        line = parcels.with_spans(line, spans, watch.span(stage))
+    progress.piece_done(parcels.result_of(line.to_pylist()[0]))
 
 
 def measure(num_pieces: int, repeats: int) -> dict[str, Any]:

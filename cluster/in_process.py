@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from cluster.stream import EncodeStage, PieceResult, StreamJob, run_piece
+from cluster.parcels import PieceResult
+from cluster.stream import EncodeStage, StreamJob, run_piece
 from cluster.tasks import raise_first
 from operators.chunker import ChunkConfig
 from operators.cleaner import CleanConfig

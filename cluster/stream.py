@@ -2,7 +2,7 @@
 
     read (task) -> clean, chunk and tokenize (task, fused with read) -> encode (fixed actor pool) -> commit (task)
 
-One piece is one row, which carries its tables as Arrow IPC; one read task makes one block, of one piece or, on GPUs, of a
+One piece is one row (cluster/parcels.py); one read task makes one block, of one piece or, on GPUs, of a
 few (`pieces_per_task`). So nothing that Ray Data does to blocks (coalescing small ones, dropping empty ones) can merge,
 split or lose a piece, and a piece that fails travels on as a row with its error while the others complete.
 """
@@ -10,14 +10,10 @@ split or lose a piece, and a piece that fails travels on as a row with its error
 from __future__ import annotations
 
 import functools
-import json
 import logging
-import os
-import struct
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -27,13 +23,14 @@ import pyarrow.compute as pc
 
 from cluster.encoder_pool import EncoderPool, PoolChangedError, run_dataset
 from cluster.gpu_sampler import GpuSampler
+from cluster.parcels import Parcel, PieceResult, each_piece, envelope, failure, result_of, with_spans
 from cluster.preflight import StreamPlan
-from cluster.telemetry import TOKEN_BIN, Span, Stopwatch, dump_spans, load_spans, observe_span
+from cluster.telemetry import TOKEN_BIN, Stopwatch
 from operators.chunker import ChunkConfig, Chunker
 from operators.cleaner import CleanConfig, Cleaner
 from operators.encoding.encode_config import EncodeConfig, configured_model, resolve_device
 from operators.encoding.model_folder import ModelSpec
-from operators.errors import ConfigError, FingerprintError, SourceChangedError, VectormillError
+from operators.errors import ConfigError, FingerprintError, SourceChangedError
 from operators.piece_store import EncodedPiece, commit_piece, read_table
 from operators.query_sample import draw_queries
 from operators.sources.pieces import Piece
@@ -47,26 +44,12 @@ if TYPE_CHECKING:
 
 READ_ATTEMPTS = 3
 READ_BACKOFF_S = 1.0
-STORAGE_FAILED = "storage_failed"  # in the facts of a piece: arguments of the OSError that ends the job
 REFERENCE_TEXTS = 32
 BLOCK_BYTES = 32 << 20  # source bytes of the pieces of a block
 BLOCKS_PER_ENCODER = 16
-STAGE_VERBS = {"chunk": "chunking", "encode": "encoding", "commit": "committing"}  # in messages
 # Ray fuses a task operator into an actor pool when their resource requests are equal, which would tokenize inside the
 # encoders. A memory request that the encoders do not have keeps them apart.
 READ_MEMORY_BYTES = 512 << 20  # measured: 260 MB with the tokenizer and torch imported, 8192 short rows
-
-ENVELOPE = pa.schema(
-    [
-        pa.field("piece", pa.string(), nullable=False),  # Piece as JSON
-        pa.field("table", pa.large_binary()),  # Arrow IPC: rows, then chunks, then encoded
-        pa.field("rejects", pa.large_binary()),  # Arrow IPC of schemas.REJECTS
-        pa.field("queries", pa.large_binary()),  # Arrow IPC of schemas.DRAWN_QUERIES, then of schemas.QUERIES
-        pa.field("facts", pa.string(), nullable=False),  # counts so far, JSON
-        pa.field("spans", pa.string(), nullable=False),  # what the stages so far took, JSON (cluster/telemetry.py)
-        pa.field("error", pa.string()),  # what failed, with its kind; the rest of the row is empty then
-    ]
-)
 
 
 @dataclass(frozen=True)
@@ -84,27 +67,6 @@ class StreamJob:
     plugins: tuple[tuple[str, str], ...] = ()  # items of plugin_fingerprints(clean) on the driver
     # A query sample: encoders must give its vectors again, or what they make could not be compared with the index.
     reference: ObjectEntry | None = None
-
-
-@dataclass(frozen=True)
-class Parcel:
-    """A piece between two stages, unpacked."""
-
-    piece: Piece
-    table: pa.Table | None
-    rejects: pa.Table | None
-    facts: dict[str, Any]
-    queries: pa.Table | None = None
-
-
-@dataclass(frozen=True)
-class PieceResult:
-    """A finished piece: its counts, or what failed."""
-
-    piece: Piece
-    facts: dict[str, Any]
-    error: str | None
-    spans: list[Span] = field(default_factory=list)  # of its stages, in order
 
 
 def stream_pieces(
@@ -131,7 +93,7 @@ def stream_pieces(
         dataset = _dataset(job, list(left.values()), pool.plan, piece_bytes)
         try:
             for line in run_dataset(dataset, pool, stall_timeout_s=stall_timeout_s, check=check):
-                result = _result(line)
+                result = result_of(line)
                 left.pop(result.piece.piece_id, None)
                 yield result
             return
@@ -143,14 +105,7 @@ def run_piece(job: StreamJob, piece: Piece, encode: EncodeStage) -> PieceResult:
     """One piece through all stages in this process. encode: an EncodeStage."""
     (read,) = _read(job, piece)
     (line,) = _commit(encode(_chunk(read, job), job), job).to_pylist()
-    return _result(line)
-
-
-def _result(line: dict[str, Any]) -> PieceResult:
-    facts = json.loads(line["facts"])
-    if STORAGE_FAILED in facts:
-        raise OSError(*facts[STORAGE_FAILED])
-    return PieceResult(Piece.from_json(json.loads(line["piece"])), facts, line["error"], load_spans(line["spans"]))
+    return result_of(line)
 
 
 def _dataset(job: StreamJob, pieces: Sequence[Piece], plan: StreamPlan, piece_bytes: int) -> Any:
@@ -235,11 +190,11 @@ def _read(job: StreamJob, piece: Piece) -> list[pa.Table]:
     try:
         found, attempts = read_piece(job, piece)
     except ReadError as error:
-        table, attempts = _failure(piece, f"reading ({error.attempts} attempt(s))", error.cause), error.attempts
+        table, attempts = failure(piece, f"reading ({error.attempts} attempt(s))", error.cause), error.attempts
     else:
         facts = {"num_rows_read": found.num_rows_read, "text_bytes": found.rows.column("text").nbytes}
-        table = _envelope(Parcel(piece, found.rows, found.rejects, facts))
-    return [_with_spans(table, [], watch.span("read", retries=attempts - 1))]
+        table = envelope(Parcel(piece, found.rows, found.rejects, facts))
+    return [with_spans(table, [], watch.span("read", retries=attempts - 1))]
 
 
 class ReadError(Exception):
@@ -286,7 +241,7 @@ def _chunk(batch: pa.Table, job: StreamJob) -> pa.Table:
         drawn = draw_queries(chunks) if job.reference is None else None
         return Parcel(parcel.piece, chunks, pa.concat_tables([parcel.rejects, unclean, dropped]), facts, drawn)
 
-    return _each_piece(batch, "chunk", work)
+    return each_piece(batch, "chunk", work)
 
 
 def _token_facts(chunks: pa.Table) -> dict[str, Any]:
@@ -341,7 +296,7 @@ class EncodeStage:
             facts["batch_tokens"] = self.batch_tokens
             return Parcel(parcel.piece, encoded, parcel.rejects, facts, queries)
 
-        return _each_piece(batch, "encode", work, gpu=self._gpu, packing=self._packing)
+        return each_piece(batch, "encode", work, gpu=self._gpu, packing=self._packing)
 
     def _compared(self, store_url: str, reference: ObjectEntry) -> dict[str, float]:
         """Cosines of the sample's vectors made now to the stored ones. Raises ConfigError when they are too far apart."""
@@ -367,112 +322,4 @@ def _commit(batch: pa.Table, job: StreamJob) -> pa.Table:
         record = commit_piece(open_store(job.store_url), job.run_prefix, done, job.inputs)
         return Parcel(parcel.piece, None, None, record.facts)
 
-    return _each_piece(batch, "commit", work)
-
-
-def _each_piece(
-    batch: pa.Table,
-    stage: str,
-    work: Callable[[Parcel], Parcel],
-    *,
-    gpu: GpuSampler | None = None,
-    packing: Executor | None = None,
-) -> pa.Table:
-    """Apply a stage to every piece of a block (one, as the job is built); failures become rows with an error.
-
-    packing: packs what was made of a piece while the next one is worked on; the span is then that of the work alone.
-    """
-    done: list[pa.Table | Future[pa.Table]] = []
-    for line in range(batch.num_rows):
-        if batch.column("error")[line].is_valid:
-            done.append(batch.slice(line, 1))
-            continue
-        piece = Piece.from_json(json.loads(batch.column("piece")[line].as_py()))
-        spans = load_spans(batch.column("spans")[line].as_py())
-        watch = Stopwatch()
-        found: Parcel | pa.Table | None
-        try:
-            found = work(_parcel(piece, batch, line))
-        except (
-            Exception
-        ) as error:  # made a row here: kept, it would keep all that its traceback holds, on the device too
-            found = _failure(piece, STAGE_VERBS[stage], error)
-        if packing is None:
-            made = _packed_line(piece, found, stage)
-            done.append(_with_spans(made, spans, watch.span(stage)))
-        else:
-            span = watch.span(stage, gpu=gpu.take() if gpu else None)
-            done.append(packing.submit(_packed_after, piece, found, spans, span))
-        found = None  # nor is what was made held any longer than it takes to pack it
-    lines = [line.result() if isinstance(line, Future) else line for line in done]
-    return pa.concat_tables(lines) if lines else ENVELOPE.empty_table()
-
-
-def _parcel(piece: Piece, batch: pa.Table, line: int) -> Parcel:
-    table, rejects, queries = (_unpack(batch.column(name)[line]) for name in ("table", "rejects", "queries"))
-    return Parcel(piece, table, rejects, json.loads(batch.column("facts")[line].as_py()), queries)
-
-
-def _packed_line(piece: Piece, found: Parcel | pa.Table, stage: str) -> pa.Table:
-    """The row for what a stage made of a piece; one that tells of a failure is one already."""
-    try:
-        return _envelope(found) if isinstance(found, Parcel) else found
-    except Exception as error:
-        return _failure(piece, STAGE_VERBS[stage], error)
-
-
-def _packed_after(piece: Piece, found: Parcel | pa.Table, spans: list[Span], span: Span) -> pa.Table:
-    return _with_spans(_packed_line(piece, found, span.stage), spans, span)
-
-
-def _with_spans(line: pa.Table, spans: list[Span], span: Span) -> pa.Table:
-    """The row with the spans of the stages before and of this one, which Ray's metrics hear of too."""
-    observe_span(span)
-    place = ENVELOPE.get_field_index("spans")
-    return line.set_column(place, ENVELOPE.field(place), pa.array([dump_spans([*spans, span])], pa.string()))
-
-
-def _envelope(parcel: Parcel) -> pa.Table:
-    packed = [_packed(table) for table in (parcel.table, parcel.rejects, parcel.queries)]
-    return _line(parcel.piece, packed, parcel.facts, None)
-
-
-def _failure(piece: Piece, stage: str, error: BaseException) -> pa.Table:
-    if isinstance(error, VectormillError):
-        text = str(error)
-    else:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        text = f"{type(error).__name__}: {_first_line(error)} (at {os.path.basename(place.filename)}:{place.lineno})"
-    # Where one piece cannot be committed no other can: a full disk, a store that is down.
-    fatal = stage == STAGE_VERBS["commit"] and isinstance(error, OSError) and error.errno is not None
-    facts = {STORAGE_FAILED: [error.errno, error.strerror, str(error.filename or "")]} if fatal else {}  # type: ignore[attr-defined]
-    return _line(piece, [_packed(None)] * 3, facts, f"{stage}: {text}")
-
-
-def _line(piece: Piece, packed: list[pa.Array], facts: dict[str, Any], error: str | None) -> pa.Table:
-    values = (json.dumps(piece.to_json()), json.dumps(facts), "[]", error)
-    first, *others = [pa.array([value], pa.string()) for value in values]
-    return pa.table([first, *packed, *others], schema=ENVELOPE)
-
-
-def _packed(table: pa.Table | None) -> pa.Array:
-    """The table's Arrow IPC stream as a column of one value, without a further copy."""
-    if table is None:
-        return pa.nulls(1, pa.large_binary())
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    data = sink.getvalue()
-    offsets = pa.py_buffer(struct.pack("<qq", 0, data.size))
-    return pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, data])
-
-
-def _unpack(value: pa.Scalar) -> pa.Table | None:
-    if not value.is_valid:
-        return None
-    with pa.ipc.open_stream(value.as_buffer()) as reader:
-        return reader.read_all()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return each_piece(batch, "commit", work)

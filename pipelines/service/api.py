@@ -27,7 +27,7 @@ from pipelines.service.page import search_page
 from pipelines.service.refusals import Refusal
 from pipelines.service.search_request import parse_search
 from pipelines.service.searcher import Searcher
-from pipelines.service.settings import ServiceSettings
+from pipelines.service.settings import TOLD_LIMITS, ServiceSettings
 
 # The interpreter lets a thread that waits for its lock in after so long; with the default of 5 ms a search that is done
 # could wait that long for the event loop, and the other way round.
@@ -172,16 +172,7 @@ def _routes(service: Service) -> FastAPI:
     async def index() -> Response:
         service.check_ready()
         version = service.searcher.current
-        names = (
-            "max_k",
-            "max_refine_factor",
-            "max_batch",
-            "max_hits",
-            "max_candidates",
-            "max_query_chars",
-            "max_body_bytes",
-        )
-        limits = {name: getattr(settings, name) for name in names}
+        limits = {name: getattr(settings, name) for name in TOLD_LIMITS}
         limits["max_nprobe"] = min(version.nlist, settings.max_nprobe)
         return Response(to_json({**version.facts(), "limits": limits}), media_type="application/json")
 

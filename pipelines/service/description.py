@@ -6,7 +6,7 @@ from typing import Any
 
 from pipelines.service.refusals import CODES
 from pipelines.service.search_request import DEFAULT_K, FORMS, MAX_PREFIX_CHARS
-from pipelines.service.settings import ServiceSettings
+from pipelines.service.settings import TOLD_LIMITS, ServiceSettings
 
 ERRORS = {
     400: "The body is not JSON, or the request is not HTTP.",
@@ -152,21 +152,7 @@ def _answers() -> dict[str, Any]:
                         {"recall": number, **point, "recall@10": number, "p50_ms": number, "p99_ms": number}
                     ),
                 },
-                "limits": _object(
-                    dict.fromkeys(
-                        (
-                            "max_k",
-                            "max_nprobe",
-                            "max_refine_factor",
-                            "max_batch",
-                            "max_hits",
-                            "max_candidates",
-                            "max_query_chars",
-                            "max_body_bytes",
-                        ),
-                        count,
-                    )
-                ),
+                "limits": _object(dict.fromkeys(TOLD_LIMITS, count)),
             }
         ),
         "Health": _object({"status": {"const": "ok"}}),

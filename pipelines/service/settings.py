@@ -10,6 +10,17 @@ from typing import Any
 from operators.errors import ConfigError
 
 MIN_TOKEN_CHARS = 16
+# Limits of a request that `GET /v1/index` tells; max_nprobe is that of the version, where it has fewer lists.
+TOLD_LIMITS = (
+    "max_k",
+    "max_nprobe",
+    "max_refine_factor",
+    "max_batch",
+    "max_hits",
+    "max_candidates",
+    "max_query_chars",
+    "max_body_bytes",
+)
 
 
 @dataclasses.dataclass(frozen=True)

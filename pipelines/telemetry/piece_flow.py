@@ -12,7 +12,7 @@ from operators.storage.traffic import Traffic
 from pipelines.telemetry.time_bins import TimeBins
 
 if TYPE_CHECKING:  # importing these loads torch, which most commands that show progress do without
-    from cluster.stream import PieceResult
+    from cluster.parcels import PieceResult
     from operators.sources.pieces import Piece
 
 WINDOW_S = 30.0  # of the rates that are shown while it runs

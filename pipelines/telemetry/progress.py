@@ -19,7 +19,7 @@ from pipelines.telemetry.progress_views import BarsView, JsonView, LinesView, Vi
 from pipelines.telemetry.run_telemetry import RunTelemetry, Stage
 
 if TYPE_CHECKING:
-    from cluster.stream import PieceResult
+    from cluster.parcels import PieceResult
     from operators.sources.pieces import Piece
 
 STYLES = ("auto", "bars", "lines", "json")

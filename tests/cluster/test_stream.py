@@ -15,12 +15,12 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from cluster import stream
+from cluster import parcels
+from cluster.parcels import Parcel
 from cluster.preflight import StreamPlan
 from cluster.session import ClusterConfig, connect
 from cluster.stream import (
     EncodeStage,
-    Parcel,
     StreamJob,
     _chunk,
     _commit,
@@ -128,7 +128,7 @@ def test_a_piece_that_fails_in_its_work_or_while_it_is_packed_fails_alone_and_ho
 ) -> None:
     pieces = [Piece((), "byte_range", n, n + 1) for n in range(5)]
     rows = pa.table({"x": [1, 2]})
-    block = pa.concat_tables([stream._envelope(Parcel(piece, rows, rows, {"n": n})) for n, piece in enumerate(pieces)])
+    block = pa.concat_tables([parcels.envelope(Parcel(piece, rows, rows, {"n": n})) for n, piece in enumerate(pieces)])
     alive: list[weakref.ref[Held]] = []
     seen: list[list[bool]] = []
 
@@ -145,12 +145,12 @@ def test_a_piece_that_fails_in_its_work_or_while_it_is_packed_fails_alone_and_ho
             raise OSError("cannot be packed")
         return pack(parcel)
 
-    pack = stream._envelope
-    monkeypatch.setattr(stream, "_envelope", packed)
+    pack = parcels.envelope
+    monkeypatch.setattr(parcels, "envelope", packed)
     gc.disable()
     try:
         with ThreadPoolExecutor(1) as pool:
-            made = stream._each_piece(block, "encode", work, packing=pool if packed_beside else None)
+            made = parcels.each_piece(block, "encode", work, packing=pool if packed_beside else None)
     finally:
         gc.enable()
     errors = made.column("error").to_pylist()

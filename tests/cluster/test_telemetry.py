@@ -181,6 +181,7 @@ def test_pieces_on_ray_bring_their_spans_and_prometheus_sees_what_went_through(
                 "ray_vectormill_stage_units_done": 1,
             }
         )
+    assert progress.telemetry.pieces.counts["rows_read"] == 40  # what the driver told Ray
     # At least: processes send what they counted since the last time, and send it again when the agent of a busy machine did
     # not answer in time, also when it had counted it (Ray 2.60, OTLP with delta temporality).
     assert sum(value for _, value in found["ray_vectormill_rows_total"]) >= 40

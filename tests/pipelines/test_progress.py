@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from cluster.stream import PieceResult
+from cluster.parcels import PieceResult
 from cluster.telemetry import Span, now
 from operators.artifact.manifest import open_current
 from operators.errors import ConfigError

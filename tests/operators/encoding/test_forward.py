@@ -204,9 +204,7 @@ def test_the_same_batch_gives_the_same_bits(folder: Callable[[str], Path]) -> No
         assert torch.equal(model(ids, offsets), model(ids, offsets))
 
 
-def test_small_batches_are_padded_by_few_rows_and_warming_takes_every_size(
-    folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_small_batches_are_padded_by_few_rows_and_warming_takes_every_size(folder: Callable[[str], Path]) -> None:
     forward = ForwardPass(folder("bert"))
     seen: list[int] = []
 
